@@ -1,0 +1,254 @@
+"""Reading ``LlamaForCausalLM`` weights in every form in which they are published.
+
+``config.json`` with ``pytorch_model.bin`` or ``model.safetensors``, whole or in shards listed by an
+``*.index.json``. The final buffers are allocated once, in the wanted type and on the wanted device,
+and the tensors of the (memory-mapped) files are copied into them one by one: a 7B model needs its
+own size and no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stages.checkpoint import CheckpointError, check_tensor, load_json, load_state, require
+
+_FILES = (
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+    "model.safetensors",
+    "pytorch_model.bin",
+)
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Dimensions of a Llama, as in Hugging Face's ``config.json``."""
+
+    vocab_size: int
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    max_positions: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_factor: float
+    tied: bool
+    attention_bias: bool
+    mlp_bias: bool
+
+    @classmethod
+    def read(cls, path: Path) -> LlamaConfig:
+        """Read ``config.json``. Raises :class:`CheckpointError` for what is not a plain Llama."""
+        raw = load_json(path)
+        if raw.get("model_type", "llama") != "llama":
+            raise CheckpointError(f"{path}: model_type {raw['model_type']!r}, expected 'llama'")
+        if raw.get("hidden_act", "silu") != "silu":
+            raise CheckpointError(f"{path}: hidden_act {raw['hidden_act']!r}, expected 'silu'")
+        hidden = require(raw, "hidden_size", path, int)
+        heads = require(raw, "num_attention_heads", path, int)
+        theta, factor = _rope(raw, path)
+        config = cls(
+            vocab_size=require(raw, "vocab_size", path, int),
+            hidden=hidden,
+            intermediate=require(raw, "intermediate_size", path, int),
+            layers=require(raw, "num_hidden_layers", path, int),
+            heads=heads,
+            kv_heads=int(raw.get("num_key_value_heads") or heads),
+            head_dim=int(raw.get("head_dim") or hidden // max(heads, 1)),
+            max_positions=int(raw.get("max_position_embeddings", 2048)),
+            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            rope_theta=theta,
+            rope_factor=factor,
+            tied=bool(raw.get("tie_word_embeddings", False)),
+            attention_bias=bool(raw.get("attention_bias", False)),
+            mlp_bias=bool(raw.get("mlp_bias", False)),
+        )
+        config.check(path)
+        return config
+
+    def check(self, path: Path) -> None:
+        """Raise :class:`CheckpointError` for dimensions that cannot be."""
+        for name in ("vocab_size", "hidden", "intermediate", "layers", "heads", "kv_heads"):
+            if getattr(self, name) < 1:
+                raise CheckpointError(
+                    f"{path}: {name} is {getattr(self, name)}, expected 1 or more"
+                )
+        if self.heads % self.kv_heads:
+            raise CheckpointError(
+                f"{path}: num_attention_heads {self.heads} is not a multiple of "
+                f"num_key_value_heads {self.kv_heads}"
+            )
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise CheckpointError(f"{path}: head_dim {self.head_dim}, expected an even number")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer; matrices are ``[out, in]``. Query, key and value, and gate and up, are fused."""
+
+    attention_norm: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    out: Tensor
+    out_bias: Tensor | None
+    mlp_norm: Tensor
+    gate_up: Tensor
+    gate_up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """All weights; ``head`` is the same tensor as ``embedding`` when they are tied."""
+
+    embedding: Tensor
+    layers: list[Layer]
+    norm: Tensor
+    head: Tensor
+
+
+def load_llama(
+    folder: Path, device: torch.device, dtype: torch.dtype
+) -> tuple[LlamaConfig, Weights]:
+    """Read configuration and weights of the model in ``folder``.
+
+    Raises:
+        CheckpointError: naming the file and the key that is missing, unexpected or of the wrong
+            shape.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such directory; expected config.json and the weights")
+    config = LlamaConfig.read(folder / "config.json")
+    weights = _allocate(config, device, dtype)
+    targets = _targets(config, weights)
+    source, shards = _find_weights(folder)
+    filled: set[str] = set()
+    for path in shards:
+        for key, value in _tensors(path):
+            if key.endswith(".rotary_emb.inv_freq") or (config.tied and key == "lm_head.weight"):
+                continue
+            if key not in targets:
+                raise CheckpointError(
+                    f"{path}: key {key!r} does not belong to the model that "
+                    f"{folder / 'config.json'} describes"
+                )
+            targets[key].copy_(check_tensor(value, tuple(targets[key].shape), path, key))
+            filled.add(key)
+    missing = [key for key in targets if key not in filled]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(f"{source}: key {missing[0]!r}{more} missing from the checkpoint")
+    return config, weights
+
+
+def _rope(raw: Mapping[str, Any], path: Path) -> tuple[float, float]:
+    """Base of the rotary frequencies and the divisor of positions (1 unless scaled linearly).
+
+    ``rope_parameters`` is the form that transformers 5 writes.
+    """
+    scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(scaling, Mapping):
+        raise CheckpointError(f"{path}: rope_scaling is a {type(scaling).__name__}, expected null")
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in ("default", "linear"):
+        raise CheckpointError(
+            f"{path}: rope_scaling {kind!r}: only 'default' and 'linear' are known"
+        )
+    theta = scaling.get("rope_theta", raw.get("rope_theta", 10000.0))
+    return float(theta), float(scaling.get("factor", 1.0)) if kind == "linear" else 1.0
+
+
+def _allocate(config: LlamaConfig, device: torch.device, dtype: torch.dtype) -> Weights:
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, device=device, dtype=dtype)
+
+    def bias(size: int, present: bool) -> Tensor | None:
+        return empty(size) if present else None
+
+    hidden, heads, mlp = config.hidden, config.heads * config.head_dim, config.intermediate
+    fused = heads + 2 * config.kv_heads * config.head_dim
+    layers = [
+        Layer(
+            attention_norm=empty(hidden),
+            qkv=empty(fused, hidden),
+            qkv_bias=bias(fused, config.attention_bias),
+            out=empty(hidden, heads),
+            out_bias=bias(hidden, config.attention_bias),
+            mlp_norm=empty(hidden),
+            gate_up=empty(2 * mlp, hidden),
+            gate_up_bias=bias(2 * mlp, config.mlp_bias),
+            down=empty(hidden, mlp),
+            down_bias=bias(hidden, config.mlp_bias),
+        )
+        for _ in range(config.layers)
+    ]
+    embedding = empty(config.vocab_size, hidden)
+    head = embedding if config.tied else empty(config.vocab_size, hidden)
+    return Weights(embedding, layers, empty(hidden), head)
+
+
+def _targets(config: LlamaConfig, weights: Weights) -> dict[str, Tensor]:
+    """The checkpoint's names and the (slices of) buffers that they fill."""
+    q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    targets: dict[str, Tensor] = {
+        "model.embed_tokens.weight": weights.embedding,
+        "model.norm.weight": weights.norm,
+    }
+    if not config.tied:
+        targets["lm_head.weight"] = weights.head
+    for i, layer in enumerate(weights.layers):
+        p = f"model.layers.{i}"
+        targets[f"{p}.input_layernorm.weight"] = layer.attention_norm
+        targets[f"{p}.post_attention_layernorm.weight"] = layer.mlp_norm
+        for name, weight, bias, sizes in (
+            ("self_attn.{}_proj", layer.qkv, layer.qkv_bias, {"q": q, "k": kv, "v": kv}),
+            ("self_attn.{}_proj", layer.out, layer.out_bias, {"o": config.hidden}),
+            (
+                "mlp.{}_proj",
+                layer.gate_up,
+                layer.gate_up_bias,
+                {"gate": config.intermediate, "up": config.intermediate},
+            ),
+            ("mlp.{}_proj", layer.down, layer.down_bias, {"down": config.hidden}),
+        ):
+            at = 0
+            for part, size in sizes.items():
+                key = f"{p}.{name.format(part)}"
+                targets[f"{key}.weight"] = weight[at : at + size]
+                if bias is not None:
+                    targets[f"{key}.bias"] = bias[at : at + size]
+                at += size
+    return targets
+
+
+def _find_weights(folder: Path) -> tuple[Path, list[Path]]:
+    """The file that lists or holds the weights, and the files that hold them."""
+    for name in _FILES:
+        path = folder / name
+        if not path.is_file():
+            continue
+        if path.suffix != ".json":
+            return path, [path]
+        names = set(require(load_json(path), "weight_map", path, dict).values())
+        for shard in names:
+            if not isinstance(shard, str) or Path(shard).name != shard:
+                raise CheckpointError(f"{path}: shard {shard!r} is not a file name in {folder}")
+        return path, sorted(folder / shard for shard in names)
+    raise CheckpointError(f"{folder}: no weights; expected one of {', '.join(reversed(_FILES))}")
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, Any]]:
+    state = load_state(path)
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"{path}: expected a state dict, found a {type(state).__name__}")
+    yield from state.items()

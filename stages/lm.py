@@ -210,7 +210,7 @@ class LanguageModel:
     @torch.inference_mode()
     def project(self, hidden: Tensor) -> Tensor:
         """Logits, float32 ``[..., vocab_size]``, of hidden states after the final norm."""
-        return F.linear(hidden, self._weights.head).float()
+        return (hidden @ self._weights.head).float()
 
     def _reserve(self, count: int) -> None:
         if self.length + count > self.capacity:
@@ -237,7 +237,7 @@ class LanguageModel:
     @torch.inference_mode()
     def _feed(self, start: int) -> None:
         hidden = self._forward(start, self.length)
-        self._logits = F.linear(hidden[-1:], self._weights.head)[0].float()
+        self._logits = (hidden[-1:] @ self._weights.head)[0].float()
         self._logits_length = self._fed = self.length
 
     def _forward(self, start: int, stop: int) -> Tensor:
@@ -250,12 +250,12 @@ class LanguageModel:
         mask = _causal_mask(start, stop, self.device)
         for layer, cache in zip(w.layers, self._cache, strict=True):
             h = F.rms_norm(x, size, layer.attention_norm, eps)
-            qkv = F.linear(h, layer.qkv, layer.qkv_bias)
+            qkv = _project(h, layer.qkv, layer.qkv_bias)
             attended = self._attend(qkv, cache, start, stop, rotary, mask)
-            x = x + F.linear(attended, layer.out, layer.out_bias)
+            x = x + _project(attended, layer.out, layer.out_bias)
             h = F.rms_norm(x, size, layer.mlp_norm, eps)
-            gate, up = F.linear(h, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
-            x = x + F.linear(F.silu(gate) * up, layer.down, layer.down_bias)
+            gate, up = _project(h, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
+            x = x + _project(F.silu(gate) * up, layer.down, layer.down_bias)
         return F.rms_norm(x, size, w.norm, eps)
 
     def _attend(
@@ -336,6 +336,11 @@ def choose(
         return best
     probabilities = warp(logits, sampling).softmax(-1)
     return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x`` ``[T, in]`` times ``weight`` ``[in, out]``."""
+    return x @ weight if bias is None else torch.addmm(bias, x, weight)
 
 
 def _rotary_tables(

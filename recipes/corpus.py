@@ -1,0 +1,245 @@
+"""``python -m recipes corpus``: synthesise the speech that nano learns from, exactly aligned.
+
+Writes {work}/corpus: wav files (16 kHz, PCM16), manifest.jsonl (one recording a line), dialogs.jsonl
+(requests with their right replies) and, at the end, DONE with a summary. The order is shuffled so
+that every prefix of the manifest is a fair sample; an interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import soundfile
+import typer
+from rich.progress import track
+
+from recipes import domain
+from recipes.align import shift
+from recipes.voices import (
+    FAST,
+    LIVELY,
+    MONOTONE,
+    NEUTRAL,
+    SAMPLE_RATE,
+    TRAINED,
+    VOICES,
+    WHISPERED,
+    speak,
+    styles_of,
+)
+
+LEVEL = 0.07  # RMS of a recording, about -23 dBFS; whispers are half as loud
+HEART_SHARE = 0.25  # of the requests
+FLITE = ("slt", "rms", "awb")
+REQUEST_STYLES = {NEUTRAL: 80, LIVELY: 7, MONOTONE: 4, WHISPERED: 3, FAST: 6}
+BOOK_STYLES = {NEUTRAL: 50, LIVELY: 16, MONOTONE: 10, WHISPERED: 10, FAST: 14}
+NOISY_SHARE = 0.05
+
+
+@dataclass(frozen=True)
+class Job:
+    """One recording to be made."""
+
+    id: str
+    text: str
+    role: str
+    intent: str | None
+    voice: str
+    style: int
+    split: str
+    speed: float = 1.0
+    noisy: bool = False
+
+
+def _draw_voice(rng: random.Random, but: Iterable[str] = ()) -> str:
+    warped = [v for v in TRAINED if v != "heart" and v not in FLITE]
+    share = (1 - HEART_SHARE) / (len(TRAINED) - 1)
+    weights = {"heart": HEART_SHARE} | dict.fromkeys((*warped, *FLITE), share)
+    names = [v for v in weights if v not in but]
+    return rng.choices(names, [weights[v] for v in names])[0]
+
+
+def _draw_style(rng: random.Random, voice: str, weights: dict[int, int]) -> int:
+    possible = styles_of(voice)
+    return rng.choices(possible, [weights[s] for s in possible])[0]
+
+
+def plan(seed: int = 0) -> list[Job]:
+    """Every recording of the corpus, shuffled. The same seed gives the same plan."""
+    world = domain.build(seed)
+    rng = random.Random(f"corpus {seed}")
+    jobs = [*_plan_requests(world, rng), *_plan_replies(world, rng), *_plan_book(seed, rng)]
+    rng.shuffle(jobs)
+    return jobs
+
+
+def _plan_requests(world: domain.Domain, rng: random.Random) -> Iterator[Job]:
+    for number, request in enumerate(world.requests):
+        heldout = request.split == "heldout"
+        count = 2 if rng.random() < 0.25 else 1
+        voices: list[str] = []
+        for _ in range(count):
+            voices.append(_draw_voice(rng, voices))
+        if heldout and rng.random() < 0.35:
+            voices.append("kal16")
+        for voice in voices:
+            # The unseen voice speaks as it is: its figures mean the voice and not the style.
+            style = NEUTRAL if voice == "kal16" else _draw_style(rng, voice, REQUEST_STYLES)
+            yield Job(
+                f"req{number:05d}-{voice}", request.text, "request", request.intent, voice, style,
+                request.split, round(rng.uniform(0.9, 1.12), 3),
+                voice != "kal16" and rng.random() < NOISY_SHARE,
+            )  # fmt: skip
+
+
+def _plan_replies(world: domain.Domain, rng: random.Random) -> Iterator[Job]:
+    intents = {reply: r.intent for r in world.requests for reply in r.replies}
+    for number, (text, style) in enumerate(world.styles.items()):
+        for take, speed in enumerate((1.0, round(rng.choice((0.93, 0.96, 1.05, 1.1)), 3))):
+            name = f"rep{number:05d}-heart-{take}"
+            yield Job(name, text, "reply", intents.get(text), "heart", style, "train", speed)
+
+
+def _plan_book(seed: int, rng: random.Random) -> Iterator[Job]:
+    train, heldout = domain.book(seed=seed)
+    for number, text in enumerate((*train, *heldout)):
+        split = "train" if number < len(train) else "heldout"
+        style = _draw_style(rng, "heart", BOOK_STYLES) if split == "train" else NEUTRAL
+        speed = round(rng.uniform(0.92, 1.08), 3)
+        yield Job(f"book{number:05d}-heart", text, "book", None, "heart", style, split, speed)
+        if rng.random() < 0.2:
+            voice = _draw_voice(rng, ["heart"])
+            style = _draw_style(rng, voice, REQUEST_STYLES)
+            speed = round(rng.uniform(0.9, 1.12), 3)
+            yield Job(f"book{number:05d}-{voice}", text, "book", None, voice, style, split, speed)
+
+
+def finish(
+    wave: np.ndarray, style: int, noisy: bool, rng: np.random.Generator
+) -> tuple[np.ndarray, int]:
+    """Level, silence of 0.05 to 0.4 s around, a noise floor, sometimes a noisy room.
+
+    Returns the recording and the samples added before the speech.
+    """
+    level = LEVEL * (0.5 if style == WHISPERED else 1.0)
+    wave = wave * (level / max(float(np.sqrt(np.mean(wave**2))), 1e-6))
+    wave = wave * min(1.0, 0.97 / max(float(np.abs(wave).max()), 1e-6))
+    before, after = (int(rng.uniform(0.05, 0.4) * SAMPLE_RATE) for _ in range(2))
+    recording = np.pad(wave.astype(np.float32), (before, after))
+    floor = 10 ** (rng.uniform(-72, -60) / 20)
+    if noisy:
+        floor = level * 10 ** (-rng.uniform(15, 30) / 20)
+        recording *= min(10 ** (rng.uniform(-8, 6) / 20), 0.97 / float(np.abs(recording).max()))
+    noise = rng.standard_normal(len(recording) + 1).astype(np.float32)
+    colour = rng.uniform(0, 0.9)  # from white to the low rumble of a room
+    noise = noise[1:] + colour * noise[:-1]
+    return np.clip(recording + floor * noise / np.sqrt(1 + colour**2), -1, 1), before
+
+
+def record(job: Job, folder: Path, seed: int = 0) -> dict[str, Any]:
+    """Synthesise one job into ``folder`` and return its row of the manifest."""
+    number = zlib.crc32(f"{seed} {job.id}".encode())
+    speech = speak(job.text, job.voice, job.style, job.speed, number)
+    wave, before = finish(speech.wave, job.style, job.noisy, np.random.default_rng(number))
+    path = Path("wav") / job.voice / f"{job.id}.wav"
+    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(folder / path, wave, SAMPLE_RATE, subtype="PCM_16")
+    row = asdict(job)
+    noisy, speed = row.pop("noisy"), row.pop("speed")
+    return row | {
+        "transcript": domain.transcript(job.text),
+        "wav": path.as_posix(),
+        "samples": len(wave),
+        "words": shift(speech.words, before / SAMPLE_RATE),
+        "phones": shift(speech.phones, before / SAMPLE_RATE),
+        "speed": speed,
+        "noisy": noisy,
+    }
+
+
+def read_manifest(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a manifest; a last line cut off by an interrupted run is left out."""
+    path = folder / "manifest.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _record_star(arguments: tuple[Job, Path, int]) -> dict[str, Any]:
+    return record(*arguments)
+
+
+def synthesise(jobs: Sequence[Job], folder: Path, seed: int = 0, processes: int = 2) -> None:
+    """Make the recordings that the manifest does not have yet, adding a line for each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = read_manifest(folder)
+    path = folder / "manifest.jsonl"
+    path.write_text("".join(map(_line, rows)), encoding="utf-8")
+    have = {row["id"] for row in rows}
+    todo = [(job, folder, seed) for job in jobs if job.id not in have]
+    with (
+        path.open("a", encoding="utf-8") as manifest,
+        multiprocessing.get_context("spawn").Pool(processes) as pool,
+    ):
+        done = pool.imap_unordered(_record_star, todo, chunksize=4)
+        for row in track(done, "corpus", total=len(todo)):
+            manifest.write(_line(row))
+            manifest.flush()
+
+
+def summary(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Hours by voice, style, role and split, and what could be aligned."""
+    seconds: dict[str, Counter[str]] = {k: Counter() for k in ("voice", "style", "role", "split")}
+    count, words, phones = 0, 0, 0
+    for row in rows:
+        count += 1
+        words += row["words"] is not None
+        phones += row["phones"] is not None
+        for key, counter in seconds.items():
+            counter[str(row[key])] += row["samples"] / SAMPLE_RATE
+    hours = {k: {n: round(s / 3600, 3) for n, s in c.most_common()} for k, c in seconds.items()}
+    total = round(sum(seconds["role"].values()) / 3600, 3)
+    return {"recordings": count, "hours": total, "with_words": words, "with_phones": phones} | hours
+
+
+def corpus(
+    work: Path, seed: int = 0, limit: int | None = None, processes: int = 2
+) -> dict[str, Any]:
+    """Make the corpus under ``work`` and return its summary. ``limit``: only so many recordings."""
+    folder = work / "corpus"
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = domain.build(seed).dialogs()
+    (folder / "dialogs.jsonl").write_text("".join(map(_line, rows)), encoding="utf-8")
+    synthesise(plan(seed)[:limit], folder, seed, processes)
+    report = summary(read_manifest(folder)) | {"seed": seed, "voices": list(VOICES)}
+    (work / "reports").mkdir(exist_ok=True)
+    text = json.dumps(report, indent=2)
+    (work / "reports" / "corpus.json").write_text(text + "\n", encoding="utf-8")
+    if limit is None:
+        (folder / "DONE").write_text(text + "\n", encoding="utf-8")
+    return report
+
+
+def main(
+    work: Annotated[Path, typer.Option(help="Folder for what the recipes make.")] = Path("work"),
+    seed: Annotated[int, typer.Option(help="Another seed gives another corpus.")] = 0,
+    limit: Annotated[int | None, typer.Option(help="Make only so many recordings.")] = None,
+    processes: Annotated[int, typer.Option(help="Processes that synthesise.")] = 2,
+) -> None:
+    """Synthesise the corpus: requests, replies and varied sentences, with alignments."""
+    report = corpus(work, seed, limit, processes)
+    typer.echo(f"{report['recordings']} recordings, {report['hours']} hours, in {work / 'corpus'}")

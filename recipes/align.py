@@ -1,16 +1,17 @@
 """From phoneme durations to phones and words with times.
 
-The synthesisers know when each phoneme sounds; nothing is estimated here. One phone alphabet is
-used for all of them, the symbols of hibari-tts (IPA-like, without stress); "sil" is silence.
+The synthesisers know how long each phoneme sounds. One phone alphabet is used for all of them, the
+symbols of hibari-tts (IPA-like, without stress); "sil" is silence.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 Segment = tuple[str, float, float]  # name, start and end in seconds
 
-STRESS = frozenset("ˈˌː")
+MARKS = frozenset("ˈˌː ")  # no sounds of their own
 PUNCTUATION = frozenset(';:,.!?—…"()“”')
 
 # CMU phones of flite -> hibari's symbols. Diphthongs are capitals there: A of "day", I of "my",
@@ -26,44 +27,53 @@ CMU = {
 
 
 def align(
-    phonemes: str, frames: Sequence[int], hop: float, words: Sequence[str], start: float = 0.0
-) -> tuple[list[Segment], list[Segment] | None, float]:
-    """Phones and words of one sentence.
+    phonemes: str, frames: Sequence[int], hop: float, words: Sequence[str], lead: float = 0.0
+) -> tuple[list[Segment], list[Segment] | None]:
+    """Phones and words of one sentence, in seconds from its start.
 
     ``frames`` holds one duration per character of ``phonemes`` and one for each pad before and
-    after, in frames of ``hop`` seconds. Stress marks count to the phone after them, spaces to the
-    one before, punctuation and pads are silence. ``words`` are the sentence's words in writing; the
-    result's words are None when their number differs from the groups of phonemes. Also returns the
-    end in seconds. Raises ValueError when the numbers of phonemes and durations do not fit.
+    after, in frames of ``hop`` seconds; the sound comes ``lead`` seconds before its label. Stress
+    marks and spaces are shared by the phones around them; punctuation and pads are silence.
+    ``words`` are the sentence's words in writing; the result's words are None when their number
+    differs from the groups of phonemes. Raises ValueError when the numbers of phonemes and
+    durations do not fit.
     """
     if len(frames) != len(phonemes) + 2:
         raise ValueError(f"{len(frames)} durations for {len(phonemes)} phonemes and two pads")
     phones: list[Segment] = []
     groups: list[tuple[float, float]] = []
-    now = start
-    pending = 0.0  # length of stress marks waiting for their vowel
-    fresh = True
-    for symbol, count in zip(f"\0{phonemes}\0", frames, strict=True):
-        length = count * hop
-        if symbol in STRESS:
-            pending += length
-        elif symbol == " " and phones:
-            phones[-1] = (phones[-1][0], phones[-1][1], now + length)
-        elif symbol in PUNCTUATION or symbol in "\0 ":
-            _append(phones, "sil", now, now + length)
+    now, fresh = -lead, True
+    symbols = f"\0{phonemes}\0"
+    for symbol, count in zip(symbols, _shared(symbols, frames), strict=True):
+        start, now = max(now, 0.0), now + count * hop
+        if symbol in MARKS:
+            fresh = fresh or symbol == " "
+        elif symbol in PUNCTUATION or symbol == "\0":
+            fresh = True
+            _append(phones, "sil", start, now)
         else:
-            phones.append((symbol, now - pending, now + length))
-            groups = _extend(groups, fresh, now - pending, now + length)
-            pending = 0.0
-        if symbol not in STRESS:
-            fresh = symbol in PUNCTUATION or symbol in "\0 "
-        now += length
+            phones.append((symbol, start, now))
+            groups = [*groups, (start, now)] if fresh else [*groups[:-1], (groups[-1][0], now)]
+            fresh = False
+    end = sum(frames) * hop
+    _append(phones, "sil", now, end)
     named = None
     if len(groups) == len(words):
-        named = [
-            (word, round(a, 4), round(b, 4)) for word, (a, b) in zip(words, groups, strict=True)
-        ]
-    return [(p, round(a, 4), round(b, 4)) for p, a, b in phones], named, now
+        named = [(word, *times) for word, times in zip(words, groups, strict=True)]
+    return phones, named
+
+
+def _shared(symbols: str, frames: Sequence[int]) -> list[float]:
+    """Durations with those of stress marks and spaces given to the symbols around, half each."""
+    lengths = [float(count) for count in frames]
+    for place, symbol in enumerate(symbols):
+        if symbol in MARKS:
+            before = next(i for i in range(place - 1, -1, -1) if symbols[i] not in MARKS)
+            after = next(i for i in range(place + 1, len(symbols)) if symbols[i] not in MARKS)
+            lengths[before] += frames[place] / 2
+            lengths[after] += frames[place] / 2
+            lengths[place] = 0.0
+    return lengths
 
 
 def _append(phones: list[Segment], name: str, start: float, end: float) -> None:
@@ -71,14 +81,6 @@ def _append(phones: list[Segment], name: str, start: float, end: float) -> None:
         phones[-1] = (name, phones[-1][1], end)
     elif end > start:
         phones.append((name, start, end))
-
-
-def _extend(
-    groups: list[tuple[float, float]], fresh: bool, start: float, end: float
-) -> list[tuple[float, float]]:
-    if fresh:
-        return [*groups, (start, end)]
-    return [*groups[:-1], (groups[-1][0], end)]
 
 
 def flite_segments(printed: str) -> list[Segment]:
@@ -92,13 +94,16 @@ def flite_segments(printed: str) -> list[Segment]:
         name, _, end = field.partition(":")
         if name not in CMU or not end:
             raise ValueError(f"flite printed an unknown phone {field!r} in {printed[:80]!r}")
-        phones.append((CMU[name], round(start, 4), round(float(end), 4)))
+        phones.append((CMU[name], start, float(end)))
         start = float(end)
     return phones
 
 
-def shift(segments: Iterable[Segment] | None, seconds: float) -> list[Segment] | None:
-    """The same segments later by ``seconds``."""
+def shift(
+    segments: Iterable[Segment] | None, seconds: float, end: float = math.inf
+) -> list[Segment] | None:
+    """The same segments later by ``seconds``, to 0.1 ms, none of them after ``end``."""
     if segments is None:
         return None
-    return [(name, round(a + seconds, 4), round(b + seconds, 4)) for name, a, b in segments]
+    moved = ((name, a + seconds, min(b + seconds, end)) for name, a, b in segments)
+    return [(name, round(a, 4), round(b, 4)) for name, a, b in moved if b > a]

@@ -1,8 +1,9 @@
 """``python -m recipes corpus``: synthesise the speech that nano learns from, exactly aligned.
 
-Writes {work}/corpus: wav files (16 kHz, PCM16), manifest.jsonl (one recording a line), dialogs.jsonl
-(requests with their right replies) and, at the end, DONE with a summary. The order is shuffled so
-that every prefix of the manifest is a fair sample; an interrupted run goes on where it stopped.
+Writes {work}/corpus: wav files (16 kHz, PCM16), manifest.jsonl (one recording a line),
+dialogs.jsonl (requests with their right replies) and, at the end, DONE with a summary. The order is
+shuffled so that every prefix of the manifest is a fair sample; an interrupted run goes on where it
+stopped.
 """
 
 from __future__ import annotations
@@ -160,7 +161,7 @@ def record(job: Job, folder: Path, seed: int = 0) -> dict[str, Any]:
         "wav": path.as_posix(),
         "samples": len(wave),
         "words": shift(speech.words, before / SAMPLE_RATE),
-        "phones": shift(speech.phones, before / SAMPLE_RATE),
+        "phones": shift(speech.phones, before / SAMPLE_RATE, len(wave) / SAMPLE_RATE),
         "speed": speed,
         "noisy": noisy,
     }

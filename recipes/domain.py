@@ -26,8 +26,8 @@ BOOK_HELDOUT = 60
 ONES = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
     "fifteen sixteen seventeen eighteen nineteen"
-).split()  # noqa: SIM905
-TENS = "zero ten twenty thirty forty fifty sixty seventy eighty ninety".split()  # noqa: SIM905
+).split()
+TENS = "zero ten twenty thirty forty fifty sixty seventy eighty ninety".split()
 QUESTION = frozenset(
     "what how who where when which why do does did is are was can could will would may should "
     "has have if".split()

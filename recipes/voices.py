@@ -1,7 +1,7 @@
 """The speakers of the corpus: hibari-tts, plain and warped, flite, and a held-out piper voice.
 
-hibari computes F0 and spectral envelopes before the waveform, so that a speaker is a scale of F0 and
-a warp of the frequency axis, and a style a change of pitch contour, tempo, or excitation.
+hibari computes F0 and spectral envelopes before the waveform, so that a speaker is a scale of F0
+and a warp of the frequency axis, and a style a change of pitch contour, tempo, or excitation.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ import numpy as np
 import soundfile
 import soxr
 
-from recipes.align import Segment, align, flite_segments
+from recipes.align import Segment, align, flite_segments, shift
 
 SAMPLE_RATE = 16_000
 HIBARI_FRAME = 0.025  # seconds; its spectral frames are half as long
+# Sounds come this much before their labels: where phones were best told apart by an LDA of log-mel
+# frames (51 % of the frames, against 35 % without), searched in steps of 12.5 ms at two tempos.
+HIBARI_LEAD = 0.0625
 
 NEUTRAL, LIVELY, MONOTONE, WHISPERED, FAST = range(5)
 STYLE_NAMES = ("neutral", "lively", "monotone", "whispered", "fast")
@@ -167,14 +170,13 @@ def _hibari(text: str, voice: Voice, style: int, speed: float, seed: int) -> Spe
         waves.append(dsp.synth(lh, th, ln, lr, phi, f0, rng))
         count = np.asarray(frames).reshape(-1).astype(int)
         spoken = [w.strip(',.!?;:"') for w in sentence.split()]
-        some, named, end = align(phonemes, count.tolist(), HIBARI_FRAME, spoken, now)
-        phones += some
-        words = words + named if words is not None and named is not None else None
-        now += len(waves[-1]) / dsp.SR
-        if abs(now - end) > 0.5 * HIBARI_FRAME:
-            raise ValueError(
-                f"hibari's durations of {sentence!r} miss its wave by {end - now:.3f} s"
-            )
+        some, named = align(phonemes, count.tolist(), HIBARI_FRAME, spoken, HIBARI_LEAD)
+        phones += shift(some, now) or []
+        words = words + (shift(named, now) or []) if words is not None and named else None
+        length = len(waves[-1]) / dsp.SR
+        if abs(count.sum() * HIBARI_FRAME - length) > 0.5 * HIBARI_FRAME:
+            raise ValueError(f"hibari's durations of {sentence!r} miss its wave of {length:.3f} s")
+        now += length
     wave = soxr.resample(np.concatenate(waves), dsp.SR, SAMPLE_RATE)
     return Speech(np.asarray(wave, np.float32), phones, words)
 

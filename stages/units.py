@@ -90,7 +90,7 @@ class Unit(NamedTuple):
     """One unit: ``kind`` is "Hu", "Pi" or "St"."""
 
     kind: str
-    index: int
+    index: int  # type: ignore[assignment]  # tuple.index is of no use here
 
     def __str__(self) -> str:
         return f"[{self.kind}{self.index}]"

@@ -96,9 +96,10 @@ def styles_of(voice: str) -> tuple[int, ...]:
 @cache
 def _hibari_model() -> Any:
     """hibari with its durations (frames per phoneme) as one more output of the graph."""
-    import onnx
     import onnxruntime
     from hibari import Hibari
+
+    import onnx
 
     model = Hibari()
     graph = onnx.load(model.model_path)

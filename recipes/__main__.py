@@ -1,0 +1,109 @@
+"""``python -m recipes STEP``: the steps that make nano, each needing those before.
+
+A step is imported when it is called, so that ``--help`` is instant and a missing package is named
+in one sentence. ``all`` runs every step with its own defaults; each resumes where it stopped.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+STEPS = {
+    "corpus": "Synthesise the corpus: requests, replies and varied sentences, aligned.",
+    "hearing": "Construct nano's ears from Whisper's blocks and fit the phonetic units.",
+    "units": "Encode the corpus to phonetic units, as the stream will give them.",
+    "tokenizers": "Train the pitch and style tokenizers and encode the corpus with them.",
+    "vocoder": "Train the unit vocoder of the reply voice.",
+    "text_tokenizer": "Train the text tokenizer and add the speech tokens to it.",
+    "lm": "Train the language model on speech, text and mixed streams.",
+    "evaluate": "Measure the checkpoint with an independent recognizer; write the model card.",
+}
+NANO = Path("checkpoints") / "nano"
+PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+app = typer.Typer(
+    help="How nano is made. Every step has its own --help, is seeded, and resumes.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+
+
+def run_step(step: str, arguments: list[str]) -> None:
+    """Run one step with its own command line.
+
+    Raises SystemExit with code 2 and one sentence when a package of the extra [train] is missing.
+    """
+    try:
+        main = importlib.import_module(f"recipes.{step}").main
+    except ModuleNotFoundError as error:
+        _explain(step, error)
+    command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    command.command()(main)
+    try:
+        command(arguments, prog_name=f"python -m recipes {step}", standalone_mode=False)
+    except ModuleNotFoundError as error:
+        _explain(step, error)
+
+
+def _explain(step: str, error: ModuleNotFoundError) -> None:
+    name = error.name or str(error)
+    if name.split(".")[0] in ("recipes", "stages"):
+        raise error
+    typer.echo(
+        f"recipes {step} needs the package {name!r}: pip install 'spiritlm-agent[train]'", err=True
+    )
+    raise SystemExit(2) from error
+
+
+def _register(step: str, summary: str) -> None:
+    def command(context: typer.Context) -> None:
+        run_step(step, context.args)
+
+    app.command(step, help=summary, context_settings=PASSED_ON)(command)
+
+
+for _step, _summary in STEPS.items():
+    _register(_step, _summary)
+
+
+@app.command("all")
+def every(
+    work: Annotated[Path, typer.Option(help="Folder for what the recipes make.")] = Path("work"),
+    since: Annotated[str, typer.Option(help="Begin with this step.")] = "corpus",
+) -> None:
+    """Run every step, from text to the model card: about three hours on two CPU cores."""
+    names = list(STEPS)
+    if since not in names:
+        raise typer.BadParameter(f"no step {since!r}: choose one of {', '.join(names)}")
+    for number, step in enumerate(names[names.index(since) :], names.index(since) + 1):
+        typer.echo(f"[{number}/{len(names)}] {step}: {STEPS[step]}")
+        more = ["--ship", str(NANO)] if step == "vocoder" else []
+        run_step(step, ["--work", str(work), *more])
+
+
+def main() -> None:
+    """The command line; an error that the user can mend is one line and exit code 2."""
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        typer.echo("stopped; the next run resumes", err=True)
+        sys.exit(130)
+    except Exception as error:
+        if hasattr(error, "show"):  # click's usage errors, under whatever name typer has them
+            error.show()
+        elif isinstance(error, OSError) or type(error).__name__ == "CheckpointError":
+            typer.echo(f"error: {error}", err=True)
+        else:
+            raise
+        sys.exit(getattr(error, "exit_code", 2))
+
+
+if __name__ == "__main__":
+    main()

@@ -17,7 +17,7 @@ import torch
 
 from stages.checkpoint import CheckpointError, Layout, load_state, load_weights
 from stages.hifigan import UnitHiFiGAN, VocoderConfig, fold_weight_norm, official_state
-from stages.units import Units, string_to_units
+from stages.units import RANDOM_STYLES, Units, string_to_units
 
 __all__ = [
     "Frames",
@@ -29,8 +29,6 @@ __all__ = [
     "official_state",
 ]
 
-# The reference draws one of these when there is pitch but no style.
-FALLBACK_STYLES = (71, 68, 98)
 MAX_FRAMES = 25 * 3600
 UnitsLike = str | Units | Mapping[str, Any]
 
@@ -281,7 +279,7 @@ class Vocoder:
     def _fallback(self, style: int | None, seed: int | None) -> int:
         if style is not None:
             return style
-        known = [s for s in FALLBACK_STYLES if s < self.config.style_tokens]
+        known = [s for s in RANDOM_STYLES if s < self.config.style_tokens]
         return random.Random(seed).choice(known or [0])
 
 

@@ -1,0 +1,425 @@
+"""Train nano's Expressive vocoder: unit HiFi-GAN of one voice, on a CPU, in about an hour.
+
+Three phases, because the waveform generator is the bottleneck and its upper part needs no units:
+
+1. ``mel``: the stages above 125 Hz learn mel -> waveform through a linear adapter. Needs recordings
+   only, so it can run while the units are still being made.
+2. ``units``: embeddings and the stages up to 125 Hz learn units -> (adapted) mel; then the duration
+   predictor learns how long each unit lasts. The embeddings stay fixed from here on.
+3. ``joint``: everything together on the waveform, with a log-mel head on the 125 Hz stage.
+
+Every phase is limited by minutes, resumes where it stopped and leaves ``{work}/vocoder/state.pt``;
+phases 2 and 3 also export a checkpoint in the official layout every few minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from recipes.vocoder_data import Crops, Recording, load_recordings, load_waves
+from recipes.vocoder_durations import train_durations
+from recipes.vocoder_loss import FrameMel, SpectralLoss
+from stages.hifigan import UnitHiFiGAN, VocoderConfig, official_state
+
+log = logging.getLogger("recipes.vocoder")
+
+FOLDER = "hifigan_spiritlm_expressive_w2v2"
+MELS = 80
+CONTEXT = 4  # frames either side that the stages below 125 Hz see around a crop
+PHASES = ("mel", "units", "joint")
+
+CONFIG: dict[str, Any] = {
+    "resblock": "1",
+    "upsample_rates": [5, 4, 4, 8],
+    "upsample_kernel_sizes": [11, 8, 8, 16],
+    "upsample_initial_channel": 256,
+    "resblock_kernel_sizes": [3],
+    "resblock_dilation_sizes": [[1, 3, 5]],
+    "num_embeddings": 500,
+    "embedding_dim": 64,
+    "model_in_dim": 256,
+    "segment_size": 10240,
+    "code_hop_size": 640,
+    "f0": False,
+    "num_mels": 80,
+    "num_freq": 1025,
+    "n_fft": 1024,
+    "hop_size": 256,
+    "win_size": 1024,
+    "sampling_rate": 16000,
+    "dur_prediction_weight": 1.0,
+    "dur_predictor_params": {
+        "encoder_embed_dim": 64,
+        "var_pred_hidden_dim": 128,
+        "var_pred_kernel_size": 3,
+        "var_pred_dropout": 0.5,
+    },
+    "fmin": 0,
+    "fmax": 8000,
+    "fmax_for_loss": None,
+    "multispkr": "from_input_file",
+    "num_speakers": 4,
+    "default_speaker": 0,
+    "num_f0_tokens": 64,
+    "f0_hop_size": 1280,
+    "num_style_tokens": 100,
+    "style_hop_size": 16000,
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a training run may vary; times in minutes, crops in unit frames of 40 ms."""
+
+    minutes: dict[str, float]
+    batch: int = 4
+    frames: int = 16
+    unit_batch: int = 32
+    unit_frames: int = 32
+    lr: float = 1e-3
+    ema: float = 0.999
+    seed: int = 0
+    duration_steps: int = 3000
+    export_minutes: float = 10.0
+    save_minutes: float = 2.0
+
+
+class Model(nn.Module):
+    """The generator with what only training needs: the mel adapter and the mel head at 125 Hz."""
+
+    def __init__(self, config: VocoderConfig) -> None:
+        super().__init__()
+        self.generator = UnitHiFiGAN(config)
+        hidden = config.initial_channels // 2
+        self.adapter = nn.Conv1d(MELS, hidden, 3, padding=1)
+        self.head = nn.Conv1d(hidden, MELS, 1)
+
+    def lower(self, code: Tensor, pitch: Tensor, style: Tensor, inside: Tensor) -> Tensor:
+        """Unit frames [B, T] -> hidden [B, C, 5 T]; frames not ``inside`` are as if absent."""
+        g, mask = self.generator, inside[:, None].float()
+        x = g.embed(code, pitch, style, torch.zeros_like(code[:, 0]))
+        return g.upsample(g.conv_pre(x * mask) * mask, 0)
+
+    def upper(self, hidden: Tensor) -> Tensor:
+        """Hidden [B, C, 5 T] -> waveform [B, 640 T]."""
+        g = self.generator
+        for stage in range(1, len(g.ups)):
+            hidden = g.upsample(hidden, stage)
+        return torch.tanh(g.conv_post(F.leaky_relu(hidden)))[:, 0]
+
+    def parts(self, phase: str) -> list[nn.Module]:
+        """What a phase trains."""
+        g = self.generator
+        low = [g.conv_pre, g.ups[0], *list(g.resblocks)[: len(g.config.resblock_kernels)]]
+        high = [*list(g.ups)[1:], *list(g.resblocks)[len(g.config.resblock_kernels) :], g.conv_post]
+        if phase == "mel":
+            return [self.adapter, *high]
+        if phase == "units":
+            return [g.dict, g.f0_dict, g.style_dict, g.spkr, *low, self.head]
+        return [*low, *high, self.head]
+
+
+@dataclass
+class Progressed:
+    """How far training has come; ``minutes`` and ``steps`` by phase."""
+
+    minutes: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    steps: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))
+    durations: bool = False
+
+
+class Trainer:
+    """Runs the phases on one thread; state is saved atomically and resumed from."""
+
+    def __init__(
+        self, work: Path, settings: Settings, voice: str = "heart", ship: Path | None = None
+    ) -> None:
+        self.work, self.settings, self.voice, self.ship = work, settings, voice, ship
+        self.folder = work / "vocoder"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(settings.seed)
+        self.model = Model(VocoderConfig.parse(CONFIG, "recipes/vocoder.py"))
+        self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        self.done = Progressed()
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.optimizer_phase, self.optimizer_state = "", None
+        self.loss, self.mel = SpectralLoss(), FrameMel()
+        self.stopped = False
+        self._resume()
+
+    # Phases
+
+    def mel_phase(self) -> None:
+        """Mel -> waveform on the upper stages; needs recordings only."""
+        crops = Crops(load_waves(self.work, self.voice, "train"), self.settings.seed)
+        log.info("mel -> waveform: %.1f minutes of speech", crops.seconds / 60)
+        for step in self._steps("mel", decay=False):
+            wave = self._wave(crops, crops.positions(self.settings.batch, self.settings.frames))
+            hidden = self.model.adapter(self._normal(self.mel(wave)))
+            loss = self.loss(self.model.upper(hidden), wave)
+            step(loss)
+
+    def units_phase(self, recordings: list[Recording]) -> None:
+        """Units -> mel on the lower stages, then the durations."""
+        crops = Crops(recordings, self.settings.seed + 1)
+        log.info("units -> mel: %.1f minutes of speech", crops.seconds / 60)
+        s = self.settings
+        for step in self._steps("units", decay=True):
+            at = crops.positions(s.unit_batch, s.unit_frames)
+            with torch.no_grad():
+                mel = self._normal(self.mel(self._wave(crops, at, s.unit_frames)))
+                goal = self.model.adapter(mel)
+            hidden = self._hidden(crops, at, s.unit_frames)
+            scale = goal.std().clamp(min=1e-3)
+            loss = F.l1_loss(self.model.head(hidden), mel) + F.l1_loss(hidden, goal) / scale
+            step(loss)
+        if not self.stopped and not self.done.durations:
+            self._fill_unseen(crops)
+            with self._averaged():
+                train_durations(self.model.generator, recordings, s.seed, s.duration_steps)
+            for key, value in self.model.state_dict().items():
+                if "dur_predictor" in key:
+                    self.average[key].copy_(value)
+            self.done.durations = True
+            self.save()
+            self.export()
+
+    def joint_phase(self, recordings: list[Recording]) -> None:
+        """Units -> waveform, everything but the embeddings and durations."""
+        crops = Crops(recordings, self.settings.seed + 2 + self.done.steps["joint"])
+        s = self.settings
+        exported = self.done.minutes["joint"]
+        for step in self._steps("joint", decay=True):
+            at = crops.positions(s.batch, s.frames)
+            wave = self._wave(crops, at)
+            hidden = self._hidden(crops, at, s.frames)
+            aux = F.l1_loss(self.model.head(hidden), self._normal(self.mel(wave)))
+            step(self.loss(self.model.upper(hidden), wave) + aux)
+            if self.done.minutes["joint"] - exported >= s.export_minutes:
+                exported = self.done.minutes["joint"]
+                self.export()
+        self.export()
+
+    # Parts of phases
+
+    def _wave(self, crops: Crops, at: np.ndarray, frames: int | None = None) -> Tensor:
+        return torch.from_numpy(crops.waves(at, frames or self.settings.frames))
+
+    def _hidden(self, crops: Crops, at: np.ndarray, frames: int) -> Tensor:
+        hidden = self.model.lower(*map(torch.from_numpy, crops.units(at, frames, CONTEXT)))
+        edge = CONTEXT * self.model.generator.config.rates[0]
+        return hidden[:, :, edge:-edge]
+
+    @staticmethod
+    def _normal(mel: Tensor) -> Tensor:
+        return (mel + 2.0) / 2.0
+
+    def _steps(self, phase: str, decay: bool) -> Iterator[Callable[[Tensor], None]]:
+        """Yield, until the phase's minutes are over, a function that takes one training step."""
+        budget = self.settings.minutes[phase]
+        parameters = self._start(phase)
+        begun, before = time.monotonic(), self.done.minutes[phase]
+        saved, logged = begun, begun
+        losses: list[float] = []
+
+        def step(loss: Tensor) -> None:
+            assert self.optimizer is not None
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 5.0)
+            self.optimizer.step()
+            self._update_average()
+            losses.append(float(loss.detach()))
+
+        with Progress(
+            TextColumn(f"{phase:>6}"), BarColumn(), TextColumn("loss {task.fields[loss]:.3f}"),
+            TimeRemainingColumn(), transient=True,
+        ) as bar:  # fmt: skip
+            task = bar.add_task(phase, total=budget, loss=math.nan)
+            while self.done.minutes[phase] < budget and not self.stopped:
+                share = self.done.minutes[phase] / budget
+                rate = self.settings.lr * (0.5 + 0.5 * math.cos(math.pi * share) if decay else 1.0)
+                rate = max(rate, 1e-5) * min(1.0, (self.done.steps[phase] + 1) / 200)
+                for group in self.optimizer.param_groups:  # type: ignore[union-attr]
+                    group["lr"] = rate
+                yield step
+                now = time.monotonic()
+                self.done.steps[phase] += 1
+                self.done.minutes[phase] = before + (now - begun) / 60
+                if now - logged > 20:
+                    speed = len(losses) / (now - logged)
+                    self._report(phase, rate, float(np.mean(losses)), speed)
+                    bar.update(task, completed=self.done.minutes[phase], loss=np.mean(losses))
+                    logged = now
+                    losses.clear()
+                if now - saved > self.settings.save_minutes * 60:
+                    saved = now
+                    self.save()
+        self.save()
+
+    def _start(self, phase: str) -> list[nn.Parameter]:
+        self.model.requires_grad_(False)
+        parameters = [p for part in self.model.parts(phase) for p in part.parameters()]
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        self.optimizer = torch.optim.AdamW(
+            parameters, self.settings.lr, betas=(0.8, 0.99), weight_decay=0.0
+        )
+        if self.optimizer_phase == phase and self.optimizer_state is not None:
+            self.optimizer.load_state_dict(self.optimizer_state)
+        self.optimizer_phase, self.optimizer_state = phase, None
+        return parameters
+
+    def _report(self, phase: str, rate: float, loss: float, speed: float) -> None:
+        minutes, steps = self.done.minutes[phase], self.done.steps[phase]
+        log.info("%-5s %5.1f min %6d steps lr %.1e loss %.4f %.2f steps/s",
+                 phase, minutes, steps, rate, loss, speed)  # fmt: skip
+        line = {"phase": phase, "minutes": minutes, "steps": steps, "loss": loss, "lr": rate}
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        pairs = [(self.average[k], p) for k, p in self.model.named_parameters() if p.requires_grad]
+        torch._foreach_lerp_([a for a, _ in pairs], [p for _, p in pairs], 1 - self.settings.ema)
+
+    @torch.no_grad()
+    def _fill_unseen(self, crops: Crops) -> None:
+        """Give codes that no recording had the mean of those that some had, speakers speaker 0."""
+        g = self.model.generator
+        for table, codes in (
+            (g.dict, crops.code), (g.f0_dict, crops.pitch),
+            (g.style_dict, crops.style), (g.spkr, np.zeros(1, dtype=np.int64)),
+        ):  # fmt: skip
+            counts = torch.from_numpy(np.bincount(codes, minlength=len(table.weight)))
+            name = next(k for k, m in g.named_modules() if m is table)
+            for weight in (table.weight, self.average[f"generator.{name}.weight"]):
+                mean = (weight * counts[:, None]).sum(0) / counts.sum()
+                weight[counts == 0] = mean.to(weight.dtype)
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The model with its averaged weights."""
+        raw = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        self.model.load_state_dict(self.average)
+        try:
+            yield
+        finally:
+            raw.update({k: v for k, v in self.model.state_dict().items() if "dur_predictor" in k})
+            self.model.load_state_dict(raw)
+
+    # State
+
+    def save(self) -> None:
+        """Write everything needed to go on to ``state.pt``, replacing the old one at once."""
+        state = {
+            "model": self.model.state_dict(),
+            "average": self.average,
+            "optimizer": self.optimizer.state_dict() if self.optimizer else None,
+            "phase": self.optimizer_phase,
+            "minutes": self.done.minutes,
+            "steps": self.done.steps,
+            "durations": self.done.durations,
+            "config": json.dumps(CONFIG),
+        }
+        part = self.folder / "state.part"
+        torch.save(state, part)
+        part.replace(self.folder / "state.pt")
+
+    def _resume(self) -> None:
+        path = self.folder / "state.pt"
+        if not path.is_file():
+            return
+        state = torch.load(path, weights_only=True)
+        if state["config"] != json.dumps(CONFIG):
+            raise ValueError(f"{path}: made with another configuration; move it away to start anew")
+        self.model.load_state_dict(state["model"])
+        self.average = state["average"]
+        self.optimizer_phase, self.optimizer_state = state["phase"], state["optimizer"]
+        self.done = Progressed(state["minutes"], state["steps"], state["durations"])
+        log.info("resumed from %s: %s", path, self.done.minutes)
+
+    def export(self) -> Path:
+        """Write the averaged weights in the official layout, and a snapshot of the generator."""
+        generator = UnitHiFiGAN(self.model.generator.config)
+        prefix = "generator."
+        generator.load_state_dict(
+            {k.removeprefix(prefix): v for k, v in self.average.items() if k.startswith(prefix)}
+        )
+        snapshot = self.folder / f"snapshot_{self.done.minutes['joint']:04.0f}"
+        for folder in (self.folder / FOLDER, snapshot, self.ship):
+            if folder is not None:
+                write_checkpoint(generator, folder)
+        log.info("exported %s", snapshot)
+        return snapshot
+
+
+def write_checkpoint(generator: UnitHiFiGAN, folder: Path) -> None:
+    """``config.json``, ``generator.pt`` (fp16, about 3 MB) and ``speakers.txt`` in ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(CONFIG, indent=1) + "\n", encoding="utf-8")
+    names = ["heart", *(f"unused{i}" for i in range(1, CONFIG["num_speakers"]))]
+    (folder / "speakers.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
+    part = folder / "generator.part"
+    torch.save({"generator": official_state(generator, torch.float16)}, part)
+    part.replace(folder / "generator.pt")
+
+
+def main(
+    work: Annotated[Path, typer.Option(help="Where corpus/ and units/ are.")] = Path("work"),
+    phase: Annotated[str, typer.Option(help="mel, units, joint or all.")] = "all",
+    minutes: Annotated[float, typer.Option(help="Minutes for the joint phase, in all.")] = 55.0,
+    mel_minutes: Annotated[float, typer.Option(help="Minutes for the mel phase.")] = 20.0,
+    unit_minutes: Annotated[float, typer.Option(help="Minutes for the units phase.")] = 6.0,
+    voice: Annotated[str, typer.Option(help="Voice of the corpus to speak with.")] = "heart",
+    batch: Annotated[int, typer.Option(help="Crops a step in the mel and joint phases.")] = 4,
+    seed: Annotated[int, typer.Option(help="Seed of weights and crops.")] = 0,
+    ship: Annotated[Path | None, typer.Option(help="Also export to this folder.")] = None,
+    duration_steps: Annotated[int, typer.Option(help="Steps of the duration predictor.")] = 3000,
+    threads: Annotated[int, typer.Option(help="CPU threads of torch.")] = 1,
+) -> None:
+    """Train the vocoder of one voice; resumes, and ends when its minutes are spent."""
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    budget = {"mel": mel_minutes, "units": unit_minutes, "joint": minutes}
+    trainer = Trainer(
+        work, Settings(budget, batch=batch, seed=seed, duration_steps=duration_steps), voice, ship
+    )
+    _log_to(trainer.folder / "train.log")
+    signal.signal(signal.SIGTERM, lambda *_: setattr(trainer, "stopped", True))
+    if phase in ("mel", "all"):
+        trainer.mel_phase()
+    if phase == "mel":
+        return
+    recordings = load_recordings(work, voice, "train")
+    if phase in ("units", "all"):
+        trainer.units_phase(recordings)
+    if phase in ("joint", "all"):
+        trainer.joint_phase(recordings)
+
+
+def _log_to(path: Path) -> None:
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,125 @@
+"""The vocoder's recipe: alignment of units and samples, losses, durations, a run of seconds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from recipes import vocoder as recipe
+from recipes.vocoder_data import HOP, Crops, attach, load_recordings, run_starts
+from recipes.vocoder_durations import run_lengths, train_durations
+from recipes.vocoder_loss import FrameMel, SpectralLoss
+from stages.hifigan import UnitHiFiGAN, VocoderConfig
+from stages.units import Units, string_to_units, units_to_string
+from stages.vocoder import Vocoder
+
+
+def fake_corpus(work: Path, count: int = 6, seed: int = 0) -> Path:
+    """Recordings whose pitch is their unit: a tone per run of units, of 4 kinds, plus noise."""
+    random = np.random.default_rng(seed)
+    (work / "corpus" / "wav").mkdir(parents=True)
+    (work / "units").mkdir()
+    manifest, units, pitch = [], [], []
+    for i in range(count):
+        code = np.repeat(random.integers(0, 4, 40), random.integers(1, 4, 40))
+        hertz = np.repeat(200.0 * (1 + code), HOP)
+        wave = 0.3 * np.sin(2 * np.pi * np.cumsum(hertz) / 16000)
+        wave = np.r_[wave, np.zeros(300)] + 0.001 * random.standard_normal(len(wave) + 300)
+        soundfile.write(work / "corpus" / "wav" / f"{i}.wav", wave, 16000, subtype="PCM_16")
+        manifest.append(
+            {"id": str(i), "transcript": "la", "role": "book", "voice": "heart", "style": 1,
+             "split": "train", "wav": f"wav/{i}.wav", "samples": len(wave)}
+        )  # fmt: skip
+        units.append({"id": str(i), "hu": code.tolist()})
+        pitch.append({"id": str(i), "pi": (np.arange(len(code) // 2) % 7).tolist()})
+    for path, rows in (
+        ("corpus/manifest", manifest), ("units/units", units), ("units/pitch", pitch),
+    ):  # fmt: skip
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (work / f"{path}.jsonl").write_text(text)
+    return work
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_attachment_is_the_round_trip_through_the_token_string(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    length = int(random.integers(30, 400))
+    code = np.repeat(random.integers(0, 200, length), random.integers(1, 6, length))[:length]
+    pitch = random.integers(0, 64, max(1, length // 2))
+    style = random.integers(0, 5, -(-length // 25))
+    back = string_to_units(units_to_string(Units(code.tolist(), pitch.tolist(), style.tolist())))
+    starts = run_starts(code)
+    assert code[starts].tolist() == back.hubert
+    assert attach(code, pitch, "pi")[starts].tolist() == back.pitch
+    assert attach(code, style, "st")[starts].tolist() == back.style
+
+
+def test_recordings_keep_units_and_samples_together(tmp_path: Path) -> None:
+    recordings = load_recordings(fake_corpus(tmp_path), "heart", "train")
+    assert all(len(r.wave) == HOP * len(r.code) for r in recordings)
+    assert {int(s) for r in recordings for s in r.style} == {1}, "the manifest's style stands in"
+    crops = Crops(recordings)
+    at = crops.positions(50, 5)
+    code, _, _, inside = crops.units(at, 5, 2)
+    assert inside[:, 2:-2].all()
+    assert not inside.all(), "some crops touch an edge, beyond which there is nothing"
+    waves = crops.waves(at, 5).reshape(50, 5, HOP)
+    peaks = np.abs(np.fft.rfft(waves * np.hanning(HOP), axis=-1)).argmax(-1) * 25
+    assert np.abs(peaks - 200 * (1 + code[:, 2:-2])).max() <= 50
+
+
+def test_a_missing_corpus_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="run 'python -m recipes corpus'"):
+        load_recordings(tmp_path, "heart", "train")
+
+
+def test_losses_are_least_for_the_target() -> None:
+    random = torch.Generator().manual_seed(0)
+    wave = 0.1 * torch.randn(2, 6400, generator=random)
+    other = 0.1 * torch.randn(2, 6400, generator=random)
+    loss = SpectralLoss()
+    assert loss(wave, wave).item() == pytest.approx(0, abs=1e-4)
+    assert loss(0.9 * wave, wave).item() < loss(other, wave).item()
+    assert FrameMel()(wave).shape == (2, 80, 50)
+
+
+def test_frame_mel_is_centred_on_its_samples() -> None:
+    wave = torch.zeros(1, 128 * 21)
+    wave[0, 128 * 10 + 64] = 1.0
+    assert FrameMel()(wave)[0].sum(0).argmax() == 10
+
+
+def test_durations_are_learnt_and_calibrated(tmp_path: Path) -> None:
+    recordings = load_recordings(fake_corpus(tmp_path), "heart", "train")
+    torch.manual_seed(0)
+    generator = UnitHiFiGAN(VocoderConfig.parse(recipe.CONFIG, "test"))
+    before = generator.dict.weight.clone()
+    first = train_durations(generator, recordings, steps=5)
+    assert train_durations(generator, recordings, steps=150) < first
+    torch.testing.assert_close(generator.dict.weight, before)
+    vocoder = Vocoder(generator)
+    true = sum(len(r.code) for r in recordings)
+    spoken = sum(int(vocoder.durations(run_lengths(r)[0]).sum()) for r in recordings)
+    assert spoken == pytest.approx(true, rel=0.1)
+
+
+def test_training_ships_a_checkpoint_that_speaks_and_resumes(tmp_path: Path) -> None:
+    work, ship = fake_corpus(tmp_path / "work"), tmp_path / "ship"
+    options = {"work": work, "mel_minutes": 0.03, "unit_minutes": 0.03, "ship": ship}
+    recipe.main(**options, minutes=0.03, duration_steps=20)
+    vocoder = Vocoder.load(ship)
+    assert (ship / "generator.pt").stat().st_size < 3.5e6
+    assert vocoder.config.default_speaker == 0
+    wave = vocoder.decode("[St1][Pi2][Hu0][Hu1][Pi3][Hu2][Hu199][Hu499]")
+    assert wave.size % HOP == 0 and np.isfinite(wave).all()
+    state = torch.load(work / "vocoder" / "state.pt", weights_only=True)
+    recipe.main(**options, minutes=0.05, duration_steps=20)
+    more = torch.load(work / "vocoder" / "state.pt", weights_only=True)
+    assert more["steps"]["joint"] > state["steps"]["joint"]
+    assert more["steps"]["mel"] == state["steps"]["mel"]
+    assert (work / "vocoder" / "train.log").read_text().count("resumed") == 1

@@ -1,0 +1,60 @@
+"""Fixtures for all tests."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Tests share their cores with each other; more threads than that only get in the way.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def kit_folder() -> Path:
+    """Where the conformance kit should be."""
+    default = REPOSITORY.parent / "shared" / "conformance"
+    return Path(os.environ.get("SPIRIT_CONFORMANCE_DIR", default))
+
+
+@pytest.fixture(scope="session")
+def kit() -> Path:
+    """The conformance kit. Skips where it is absent, or fails if SPIRIT_CONFORMANCE_REQUIRED=1."""
+    folder = kit_folder()
+    if (folder / "expected").is_dir():
+        return folder
+    message = f"no conformance kit in {folder}: set SPIRIT_CONFORMANCE_DIR to its folder"
+    if os.environ.get("SPIRIT_CONFORMANCE_REQUIRED") == "1":
+        pytest.fail(message)
+    pytest.skip(message)
+
+
+@pytest.fixture(scope="session")
+def expected(kit: Path) -> Callable[[str], Any]:
+    """Reads ``expected/NAME.json``; skips the test if this kit does not have that file."""
+
+    def read(name: str) -> Any:
+        path = kit / "expected" / f"{name}.json"
+        if not path.is_file():
+            pytest.skip(f"this kit has no {path.name}")
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def lm_folder(kit: Path) -> Callable[[str], Path]:
+    """The kit's language model of a version ("base" or "expressive")."""
+
+    def find(version: str) -> Path:
+        found = sorted((kit / "checkpoints" / "spiritlm_model").glob(f"*{version}*"))
+        if not found:
+            pytest.skip(f"this kit has no {version} language model")
+        return found[0]
+
+    return find

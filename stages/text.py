@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 
 from stages.checkpoint import CheckpointError, Layout, load_json
+from stages.pieces import SPACE, Utf8, load_pieces
 from stages.prompt import SPEECH_TAG, TEXT_TAG, Modality
 from stages.units import HUBERT, KINDS, Unit, UnitFrame
 
-_SPACE = "\u2581"  # stands for a space inside pieces
 _UNIT = re.compile(r"\[(Hu|Pi|St)([0-9]+)\]")
-_USER_DEFINED, _UNUSED = 4, 5  # piece types of sentencepiece_model.proto
 
 
 class Tokenizer:
@@ -95,7 +94,7 @@ class Tokenizer:
             added[token["content"]] = int(number)
         legacy = settings.get("legacy")
         return cls(
-            _processor(path, added),
+            load_pieces(path, added),
             rows=optional["config"].get("vocab_size"),
             legacy=True if legacy is None else bool(legacy),
             source=path,
@@ -156,22 +155,22 @@ class Tokenizer:
                 gap = " " if self.legacy and position > 0 and not after_special else ""
                 string += gap + self._join(run) + piece
                 run = []
-            elif position == 1 and after_special and not piece.startswith(_SPACE):
+            elif position == 1 and after_special and not piece.startswith(SPACE):
                 string += " "
                 run.append(self._bytes.get(i, piece))
             else:
-                bare = piece.removeprefix(_SPACE) if position == 0 else piece
+                bare = piece.removeprefix(SPACE) if position == 0 else piece
                 run.append(self._bytes.get(i, bare))
             after_special = i in self._special
         return string + self._join(run)
 
     def _join(self, run: Sequence[str | int]) -> str:
         """Pieces and bytes to text; with ``legacy``, without the word-boundary piece's space."""
-        utf8 = _Utf8()
+        utf8 = Utf8()
         text = "".join(utf8.push(part) for part in run) + utf8.flush()
         if self.legacy:
             first = next((part for part in run if part != ""), None)
-            if isinstance(first, str) and first.startswith(_SPACE):
+            if isinstance(first, str) and first.startswith(SPACE):
                 return text[1:]
         return text
 
@@ -327,7 +326,7 @@ class IncrementalDecoder:
 
     def reset(self) -> None:
         """A new stream."""
-        self._utf8 = _Utf8()
+        self._utf8 = Utf8()
         self._first = not self._continuing
 
     def push(self, i: int) -> list[Decoded]:
@@ -342,7 +341,7 @@ class IncrementalDecoder:
             return [text, said] if text else [said]
         piece: str | int = tokenizer._bytes.get(i, tokenizer._pieces[i])
         if self._first and isinstance(piece, str):
-            piece = piece.removeprefix(_SPACE)
+            piece = piece.removeprefix(SPACE)
         self._first = False
         text = self._utf8.push(piece)
         return [text] if text else []
@@ -352,78 +351,3 @@ class IncrementalDecoder:
         text = self._utf8.flush()
         self.reset()
         return [text] if text else []
-
-
-class _Utf8:
-    """Puts bytes that come one by one together to characters, as sentencepiece does."""
-
-    def __init__(self) -> None:
-        self._pending = b""
-
-    def push(self, part: str | int) -> str:
-        """A piece, or the value of a byte piece; the text that is complete with it."""
-        if isinstance(part, str):
-            return self.flush() + part.replace(_SPACE, " ")
-        self._pending += bytes((part,))
-        text = ""
-        while self._pending:
-            try:
-                text += self._pending.decode()
-                self._pending = b""
-            except UnicodeDecodeError as error:
-                if error.reason == "unexpected end of data":
-                    break
-                # The first byte starts no character; those after it may.
-                text += "\ufffd"
-                self._pending = self._pending[1:]
-        return text
-
-    def flush(self) -> str:
-        text, self._pending = "\ufffd" * len(self._pending), b""
-        return text
-
-
-def _processor(path: Path, added: dict[str, int]) -> sentencepiece.SentencePieceProcessor:
-    """``tokenizer.model`` with ``added`` tokens put in as user-defined pieces."""
-    model = path.read_bytes()
-    try:
-        processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    except (RuntimeError, OSError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read as a sentencepiece model; truncated or corrupt?"
-        ) from error
-    size = processor.get_piece_size()
-    for token, i in sorted(added.items(), key=lambda item: item[1]):
-        if i < size:
-            have = sentencepiece.SentencePieceProcessor(model_proto=model).id_to_piece(i)
-            if have == token:
-                continue
-            raise CheckpointError(
-                f"{path.parent}: {token!r} is added as id {i}, which already stands for {have!r}"
-            )
-        while size < i:
-            model += _piece(f"<unused {size}>", _UNUSED)
-            size += 1
-        model += _piece(token, _USER_DEFINED)
-        size += 1
-    if size == processor.get_piece_size():
-        return processor
-    return sentencepiece.SentencePieceProcessor(model_proto=model)
-
-
-def _piece(piece: str, kind: int) -> bytes:
-    """One entry of the repeated field ``pieces`` of a serialised ModelProto.
-
-    Protocol buffers read fields in any order, so appending entries to the file adds pieces.
-    """
-    name = piece.encode()
-    body = b"\x0a" + _varint(len(name)) + name + b"\x18" + _varint(kind)
-    return b"\x0a" + _varint(len(body)) + body
-
-
-def _varint(value: int) -> bytes:
-    encoded = b""
-    while value > 0x7F:
-        encoded += bytes((value & 0x7F | 0x80,))
-        value >>= 7
-    return encoded + bytes((value,))

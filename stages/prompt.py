@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from enum import Enum
 
 TEXT_TAG, SPEECH_TAG = "[Text]", "[Speech]"
@@ -116,3 +117,62 @@ def parse_speech_and_text(content: str) -> list[tuple[Modality, str]]:
         position = match.end()
     add(Modality.TEXT, content[position:])
     return runs
+
+
+SHORTEST_SPEECH = 25
+"""A speech run after the first piece of mixed output, or one that goes on from the prompt, is
+left out where the number of its new units plus one is below this: about a second."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One piece of a continuation.
+
+    Attributes:
+        modality: text or speech.
+        content: the text, or the token string to speak.
+        prompt: how many characters at the start of ``content`` were in the prompt already: they
+            are spoken for the context and cut off afterwards.
+        cut: the part of the spoken samples to cut off, as numerator and denominator.
+    """
+
+    modality: Modality
+    content: str
+    prompt: int = 0
+    cut: tuple[int, int] = (0, 1)
+
+
+def read_continuation(prompt: str, continuation: str, output: str | Modality) -> list[Run]:
+    """What was generated after ``prompt``, in pieces of text and speech.
+
+    One stripped piece for text and speech. For any output, the runs of both (see
+    :func:`parse_speech_and_text`), stripped at the ends; but if the prompt ends and the
+    continuation starts with a speech token, the prompt's last run of speech is spoken again in
+    front, and cut off the wave by its share of the units. Short runs of speech are dropped, except
+    for one that comes first and does not go on from the prompt.
+    """
+    modality = Modality.parse(output)
+    if modality is not Modality.ANY:
+        return [Run(modality, continuation.strip())]
+    start = None
+    if does_end_with_speech_token(prompt) and does_start_with_speech_token(continuation):
+        start = find_prompt_last_speech_start_position(prompt)
+    known = "" if start is None else prompt[start:]
+    content = continuation.strip() if start is None else known + continuation
+    runs: list[Run] = []
+    for position, (kind, piece) in enumerate(parse_speech_and_text(content)):
+        units = _count_units(piece)
+        if kind is Modality.TEXT:
+            runs.append(Run(kind, piece))
+        elif position == 0 and known:
+            before = _count_units(known)
+            if units + 1 - before >= SHORTEST_SPEECH:
+                # One unit too many below the line: a quirk of the reference.
+                runs.append(Run(kind, piece, len(known), (before, units + 1)))
+        elif position == 0 or units + 1 >= SHORTEST_SPEECH:
+            runs.append(Run(kind, piece))
+    return runs
+
+
+def _count_units(tokens: str) -> int:
+    return tokens.count("[Hu")

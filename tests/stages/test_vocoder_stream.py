@@ -212,9 +212,9 @@ def test_a_shorter_look_ahead_speaks_earlier_and_differs_only_near_chunk_ends() 
         streaming = StreamingVocoder(vocoder, dur_pred=False, lookahead_frames=lookahead)
         chunks: list[AudioChunk] = []
         needed = 0
-        for count, unit in enumerate(stream):
+        for unit in stream:
+            needed += unit.kind == "Hu" and not chunks
             chunks += streaming.push(unit)
-            needed = needed or (count if chunks else 0)
         return needed, joined(chunks + streaming.flush())
 
     late, exact = units_before_sound(None)

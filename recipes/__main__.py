@@ -23,7 +23,7 @@ STEPS = {
     "lm": "Train the language model on speech, text and mixed streams.",
     "evaluate": "Measure the checkpoint with an independent recognizer; write the model card.",
 }
-NANO = Path("checkpoints") / "nano"
+VOCODER = "checkpoints/nano/speech_tokenizer/hifigan_spiritlm_expressive_w2v2"
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 app = typer.Typer(
@@ -82,7 +82,7 @@ def every(
         raise typer.BadParameter(f"no step {since!r}: choose one of {', '.join(names)}")
     for number, step in enumerate(names[names.index(since) :], names.index(since) + 1):
         typer.echo(f"[{number}/{len(names)}] {step}: {STEPS[step]}")
-        more = ["--ship", str(NANO)] if step == "vocoder" else []
+        more = ["--ship", VOCODER] if step == "vocoder" else []
         run_step(step, ["--work", str(work), *more])
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import platform
 import random
-import shutil
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -23,8 +22,9 @@ import typer
 from rich.progress import track
 
 from recipes import domain, report
-from recipes.corpus import Job, read_manifest, record
+from recipes.corpus import read_manifest
 from recipes.scoring import RECOGNIZER, Recognizer, rate, spoken, word_errors
+from recipes.strangers import human_prompts, joe_requests
 from recipes.voices import SAMPLE_RATE, VOICES
 from stages.checkpoint import find_layout
 from stages.encoder import SpeechTokenizer
@@ -39,8 +39,6 @@ LONGEST_TEXT = 80  # tokens
 LONGEST_REPLY = 500  # tokens, about 15 s
 SPOKEN = 200  # heldout requests per group whose replies are also spoken
 PLAYED = 12  # replies kept as wav files
-HUMAN = Path("/usr/share/asterisk/sounds/en")
-HUMAN_TEXT = Path("/usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz")
 
 Row = dict[str, Any]
 
@@ -238,66 +236,6 @@ def _processor() -> str:
         return platform.processor() or "unknown processor"
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{len(names)} x {names[0]}" if names else "unknown processor"
-
-
-# ------------------------------------------------------------------------------ unseen speakers
-
-
-def joe_requests(world: domain.Domain, work: Path, limit: int, seed: int = 0) -> list[Row]:
-    """Heldout requests in the voice joe, which is for evaluation only; [] where it is missing."""
-    folder = work / "evaluation"
-    requests = [r for r in world.requests if r.split == "heldout"]
-    chosen = random.Random(seed).sample(requests, min(limit, len(requests)))
-    rows = []
-    try:
-        for number, request in enumerate(track(chosen, "joe speaks")):
-            job = Job(
-                f"joe{number:04d}", request.text, "request", request.intent, "joe", 0, "heldout"
-            )
-            rows.append(record(job, folder, seed))
-    except (FileNotFoundError, ModuleNotFoundError) as error:
-        typer.echo(f"left out: {error}", err=True)
-        return []
-    return rows
-
-
-def human_prompts(known: set[str], limit: int | None) -> list[tuple[str, np.ndarray]]:
-    """Prompts spoken by a woman (Debian: asterisk-core-sounds-en-g722), of words nano has met."""
-    if not (HUMAN.is_dir() and HUMAN_TEXT.is_file() and shutil.which("ffmpeg")):
-        return []
-    import gzip
-    import subprocess
-
-    found = []
-    lines = gzip.decompress(HUMAN_TEXT.read_bytes()).decode("utf-8", "replace").splitlines()
-    for line in lines:
-        name, _, text = line.partition(":")
-        words = spoken(text).split()
-        path = HUMAN / f"{name.strip()}.g722"
-        if (
-            not path.is_file()
-            or not 1 <= len(words) <= 12
-            or "[" in text
-            or not known.issuperset(words)
-        ):
-            continue
-        command = [
-            "ffmpeg",
-            "-v",
-            "error",
-            "-i",
-            str(path),
-            "-f",
-            "f32le",
-            "-ar",
-            "16000",
-            "-ac",
-            "1",
-        ]
-        raw = subprocess.run([*command, "-"], capture_output=True, check=True, timeout=60).stdout
-        found.append((text.strip(), np.frombuffer(raw, np.float32).copy()))
-    random.Random(0).shuffle(found)
-    return found[:limit]
 
 
 def measure_human(nano: Nano, judge: Recognizer, prompts: Sequence[tuple[str, np.ndarray]]) -> Row:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recipes import domain
+from recipes import domain, grammar
 
 WORLD = domain.build()
 
@@ -44,23 +44,23 @@ def plain(text: str) -> str:
 
 
 def test_heldout_phrasings_never_occur_in_training_whatever_their_slots() -> None:
-    tables, intents = domain.parse_grammar(domain.GRAMMAR.read_text(encoding="utf-8"))
-    vocabulary = domain.common_words(intents)
+    tables, intents = grammar.parse_grammar(domain.GRAMMAR.read_text(encoding="utf-8"))
+    vocabulary = grammar.common_words(intents)
 
     def readings(patterns: list[str]) -> set[str]:
-        names = domain.slot_names(patterns)
+        names = grammar.slot_names(patterns)
         values = itertools.product(*(tables[name] for name in names))
         filled = (
-            domain.fill(text, dict(zip(names, some, strict=True)), tables)
+            grammar.fill(text, dict(zip(names, some, strict=True)), tables)
             for some in values
             for pattern in patterns
-            for text in domain.expand_choices(pattern)
+            for text in grammar.expand_choices(pattern)
         )
         return {plain(domain.transcript(text)) for text in filled}
 
     for intent in intents:
         rng = random.Random(f"0 {intent.name}")
-        train, heldout = domain.split_phrasings(intent, vocabulary, rng)
+        train, heldout = grammar.split_phrasings(intent, vocabulary, rng)
         assert len(heldout) >= 1 and not set(train) & set(heldout)
         seen = {
             plain(r.transcript)
@@ -161,18 +161,18 @@ def test_every_reply_is_right_for_itself_and_for_no_other_slot() -> None:
 
 @given(st.integers(0, 999_999))
 def test_numbers_in_words_are_plain_words(number: int) -> None:
-    words = domain.number_words(number)
+    words = grammar.number_words(number)
     assert re.fullmatch(r"[a-z]+( [a-z]+)*", words)
     assert domain.transcript(str(number)) == words
     assert domain.transcript(f"{number:,}") == words
 
 
 def test_number_words() -> None:
-    assert domain.number_words(0) == "zero"
-    assert domain.number_words(121) == "one hundred twenty one"
-    assert domain.number_words(40_017) == "forty thousand seventeen"
+    assert grammar.number_words(0) == "zero"
+    assert grammar.number_words(121) == "one hundred twenty one"
+    assert grammar.number_words(40_017) == "forty thousand seventeen"
     with pytest.raises(ValueError, match="1000000"):
-        domain.number_words(1_000_000)
+        grammar.number_words(1_000_000)
 
 
 @given(st.text())
@@ -183,26 +183,26 @@ def test_transcripts_are_stable(text: str) -> None:
 
 
 def test_choices_and_slots() -> None:
-    assert domain.expand_choices("go (now|)") == ["go now", "go"]
-    assert domain.expand_choices("is it (hot|cold) (now|)?") == [
+    assert grammar.expand_choices("go (now|)") == ["go now", "go"]
+    assert grammar.expand_choices("is it (hot|cold) (now|)?") == [
         "is it hot now?", "is it hot?", "is it cold now?", "is it cold?",
     ]  # fmt: skip
     tables = {"thing": {"apple": {"color": "red"}}}
     assert (
-        domain.fill("a {thing} is {thing.color}", {"thing": "apple"}, tables) == "an apple is red"
+        grammar.fill("a {thing} is {thing.color}", {"thing": "apple"}, tables) == "an apple is red"
     )
 
 
 def test_courtesies_fit_the_form_of_the_request() -> None:
-    assert "can you go home?" in domain.courtesies("go home", True)
-    assert "what time is it nano?" in domain.courtesies("what time is it?", True)
+    assert "can you go home?" in grammar.courtesies("go home", True)
+    assert "what time is it nano?" in grammar.courtesies("what time is it?", True)
     for text in ("what time is it?", "I am tired", "the baby is asleep"):
-        assert not any("please" in form for form in domain.courtesies(text, True))
-    assert domain.courtesies("hey nano", True) == []
+        assert not any("please" in form for form in grammar.courtesies(text, True))
+    assert grammar.courtesies("hey nano", True) == []
 
 
 def test_a_broken_grammar_is_named() -> None:
     with pytest.raises(ValueError, match="line 2"):
-        domain.parse_grammar("== hello\nnonsense\n")
+        grammar.parse_grammar("== hello\nnonsense\n")
     with pytest.raises(ValueError, match="colour"):
-        domain.parse_grammar("== hello colour=3\n")
+        grammar.parse_grammar("== hello colour=3\n")

@@ -52,9 +52,7 @@ def training_texts(corpus: Path) -> Iterator[str]:
     for row in read_jsonl(corpus / "manifest.jsonl"):
         if row["split"] == "train":
             yield TAGS[0] + row["transcript"] + SEPARATOR + row["text"] + TAGS[1]
-    transcripts = {
-        row["text"]: row["transcript"] for row in read_jsonl(corpus / "manifest.jsonl")
-    }
+    transcripts = {row["text"]: row["transcript"] for row in read_jsonl(corpus / "manifest.jsonl")}
     for row in read_jsonl(corpus / "dialogs.jsonl"):
         request = transcripts.get(row["request_text"])
         if row["split"] == "train" and request is not None:
@@ -135,6 +133,6 @@ def main(
     tokens = sum(len(processor.EncodeAsIds(text)) for text in texts)
     words = sum(len(text.split()) for text in texts)
     Console().print(
-        f"{out / 'tokenizer.model'}: {len(processor)} pieces, {tokens / max(words, 1):.2f} tokens a "
-        f"word on {len(texts)} texts"
+        f"{out / 'tokenizer.model'}: {len(processor)} pieces, "
+        f"{tokens / max(words, 1):.2f} tokens a word on {len(texts)} texts"
     )

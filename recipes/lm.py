@@ -1,0 +1,375 @@
+"""``python -m recipes lm``: train nano's language model and write it in the official layout.
+
+The schedule is by the clock: ``--minutes`` of training on one thread, whatever the machine makes
+of them. The state is saved every two minutes; a run that was interrupted goes on from there, also
+with another mix. The log tells the losses by kind of token, and every five minutes what matters:
+how well held-out requests are transcribed and how many are answered rightly.
+
+With ``--phones`` the model trains on stand-in units made from the aligned phones; a later run
+without it starts from what that one learnt (see lm_phones.py).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+
+from recipes import domain
+from recipes.lm_data import (
+    DEFAULT_MIX,
+    KINDS,
+    REPLY_VOICE,
+    WEIGHTS,
+    Corpus,
+    Recording,
+    Streams,
+    Vocabulary,
+    load_corpus,
+    load_units,
+)
+from recipes.lm_model import TrainableLlama
+from recipes.lm_phones import phone_units, transfer
+from recipes.text_tokenizer import DEFAULT_OUT, read_jsonl
+from stages.lm import LanguageModel, Sampling
+
+SAVE_SECONDS, MEASURE_SECONDS, LOG_SECONDS = 120.0, 300.0, 20.0
+ROW_MULTIPLE = 64  # rows of the embedding; those past the last piece are padding
+MEASURED = 40  # held-out requests
+LONGEST_ANSWER = 70  # tokens of text
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that shapes a run. ``length`` and ``rows`` make a step's batch; every
+    ``long_every``-th step has rows of ``2 * length`` instead, that long conversations hold."""
+
+    hidden: int = 256
+    layers: int = 8
+    heads: int = 4
+    intermediate: int = 640
+    length: int = 512
+    rows: int = 6
+    long_every: int = 5
+    rate: float = 2e-3
+    warmup: float = 0.02  # share of the time
+    weight_decay: float = 0.05
+    noise: float = 0.15
+    seed: int = 0
+    mix: dict[str, float] = field(default_factory=lambda: dict(DEFAULT_MIX))
+
+    def config(self, pieces: int) -> dict[str, Any]:
+        """The content of ``config.json`` for a tokenizer of ``pieces``."""
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": -(-pieces // ROW_MULTIPLE) * ROW_MULTIPLE,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.heads,
+            "max_position_embeddings": 2 * self.length,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0,
+            "rope_scaling": None,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "tie_word_embeddings": True,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "torch_dtype": "bfloat16",
+        }
+
+
+class Trainer:
+    """Model, optimiser, and where the run is."""
+
+    def __init__(self, settings: Settings, vocabulary: Vocabulary, streams: Streams) -> None:
+        torch.manual_seed(settings.seed)
+        self.settings, self.streams = settings, streams
+        self.model = TrainableLlama(settings.config(len(vocabulary)))
+        matrices = [p for p in self.model.parameters() if p.dim() == 2]
+        vectors = [p for p in self.model.parameters() if p.dim() < 2]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": settings.weight_decay},
+                {"params": vectors, "weight_decay": 0.0},
+            ],
+            betas=(0.9, 0.98),
+            fused=True,
+        )
+        self.step, self.seconds, self.tokens = 0, 0.0, 0
+
+    def rate(self, share: float) -> float:
+        """Learning rate at ``share`` (0 to 1) of the time: linear warm-up, then cosine to zero."""
+        warm = min(1.0, (share + 1e-4) / self.settings.warmup)
+        return self.settings.rate * warm * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+
+    def train_step(self, share: float) -> tuple[Tensor, Tensor]:
+        """One step; returns sum of losses and number of tokens by kind."""
+        started = time.monotonic()
+        s = self.settings
+        long = s.long_every > 0 and self.step % s.long_every == s.long_every - 1
+        rows, length = (max(1, s.rows // 2), 2 * s.length) if long else (s.rows, s.length)
+        ids, kinds = (torch.from_numpy(a) for a in self.streams.batch(self.step, rows, length))
+        wanted = torch.tensor(WEIGHTS)[kinds[:, 1:]] > 0
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = self.model(ids[:, :-1], wanted)
+        losses = F.cross_entropy(logits.float(), ids[:, 1:][wanted], reduction="none")
+        kind = kinds[:, 1:][wanted]
+        weight = torch.tensor(WEIGHTS)[kind]
+        ((losses * weight).sum() / weight.sum()).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(share)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.tokens += rows * length
+        self.seconds += time.monotonic() - started
+        sums = torch.zeros(len(KINDS)).index_add_(0, kind, losses.detach())
+        return sums, torch.bincount(kind, minlength=len(KINDS))
+
+    def save(self, path: Path) -> None:
+        """Save the state; the file is either the old or the new one, never half."""
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "tokens": self.tokens,
+        }
+        partial = path.with_suffix(".partial")
+        torch.save(state, partial)
+        partial.replace(path)
+
+    def resume(self, path: Path) -> None:
+        """Go on from a saved state."""
+        state = torch.load(path, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds, self.tokens = state["step"], state["seconds"], state["tokens"]
+
+
+def write_model(model: TrainableLlama, tokenizer: Path, out: Path) -> None:
+    """Write the official folder: configuration, weights in bfloat16, tokenizer files."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").write_text(json.dumps(model.config, indent=2) + "\n", encoding="utf-8")
+    generation = {"bos_token_id": 1, "eos_token_id": 2}
+    (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    partial = out / "pytorch_model.partial"
+    torch.save(model.official_state(), partial)
+    partial.replace(out / "pytorch_model.bin")
+    if tokenizer.resolve() != out.resolve():
+        for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
+            shutil.copy2(tokenizer / name, out / name)
+
+
+# --------------------------------------------------------------------------- what has been learnt
+
+
+def heldout_requests(corpus: Corpus, count: int = MEASURED) -> list[Recording]:
+    """A fixed choice of held-out requests in every voice but that of the replies."""
+    others = [r for r in corpus.requests if r.voice != REPLY_VOICE]
+    order = np.random.default_rng(1).permutation(len(others))
+    return [others[i] for i in order[:count]]
+
+
+def listen(lm: LanguageModel, vocabulary: Vocabulary, recording: Recording) -> tuple[str, str]:
+    """What the model hears and what it wants to answer, both greedily, as text."""
+    lm.reset()
+    lm.append([vocabulary.bos, vocabulary.boundary, vocabulary.speech_tag])
+    lm.append([*recording.ids.tolist(), vocabulary.text_tag])
+    ids: list[int] = []
+    while len(ids) < LONGEST_ANSWER:
+        ids.append(lm.decode(Sampling(greedy=True)))
+        if ids[-1] in (vocabulary.speech_tag, vocabulary.eos):
+            break
+    heard, _, answer = vocabulary.processor.DecodeIds(ids[:-1]).partition("|")
+    return heard.strip(), answer.strip()
+
+
+def measure(
+    folder: Path, vocabulary: Vocabulary, requests: Sequence[Recording], world: domain.Domain
+) -> dict[str, Any]:
+    """Transcription word error rate and rate of right replies (as text) on ``requests``."""
+    import jiwer
+
+    lm = LanguageModel.load(folder)
+    results = [listen(lm, vocabulary, r) for r in requests]
+    right = 0
+    for recording, (_, answer) in zip(requests, results, strict=True):
+        wanted = world.by_transcript[recording.transcript]
+        right += world.is_right(wanted.intent, dict(wanted.slots), answer)
+    heard = [h or "-" for h, _ in results]
+    return {
+        "wer": round(float(jiwer.wer([r.transcript for r in requests], heard)), 4),
+        "right": round(right / len(requests), 4),
+        "examples": [
+            f"{r.transcript} -> {h} | {a}"
+            for r, (h, a) in zip(requests[:6], results[:6], strict=True)
+        ],
+    }
+
+
+# ------------------------------------------------------------------------------------- the run
+
+
+class Log:
+    """Losses by kind, to the console and to ``log.jsonl``."""
+
+    def __init__(self, path: Path, console: Console) -> None:
+        self.path, self.console = path, console
+        self.sums, self.counts = torch.zeros(len(KINDS)), torch.zeros(len(KINDS))
+        self.since, self.tokens = time.monotonic(), 0
+
+    def add(self, sums: Tensor, counts: Tensor) -> None:
+        self.sums += sums
+        self.counts += counts
+
+    def write(self, trainer: Trainer) -> None:
+        """Write and forget the losses so far."""
+        now = time.monotonic()
+        means = (self.sums / self.counts.clamp(min=1)).tolist()
+        row = {
+            "step": trainer.step,
+            "minutes": round(trainer.seconds / 60, 2),
+            "tokens": trainer.tokens,
+            "per_second": round((trainer.tokens - self.tokens) / (now - self.since)),
+            **{k: round(m, 3) for k, m in list(zip(KINDS, means, strict=True))[1:]},
+        }
+        self.record(row)
+        self.sums.zero_()
+        self.counts.zero_()
+        self.since, self.tokens = now, trainer.tokens
+
+    def record(self, row: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(row) + "\n")
+        text = ", ".join(f"{k} {v}" for k, v in row.items() if k != "examples")
+        self.console.print(f"{time.strftime('%H:%M:%S')} {text}", highlight=False, soft_wrap=True)
+        for example in row.get("examples", ()):
+            self.console.print(f"    {example}", highlight=False, markup=False, soft_wrap=True)
+
+
+def run(
+    trainer: Trainer, minutes: float, work: Path, tokenizer: Path, corpus: Corpus, log: Log
+) -> None:
+    """Train until the clock says stop, saving and measuring on the way."""
+    world = domain.build()
+    requests = heldout_requests(corpus)
+    vocabulary = trainer.streams.vocabulary
+    due = dict.fromkeys(("save", "measure", "log"), time.monotonic())
+    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=log.console) as progress:
+        task = progress.add_task("lm", total=minutes * 60, completed=trainer.seconds)
+        while trainer.seconds < minutes * 60:
+            log.add(*trainer.train_step(trainer.seconds / (minutes * 60)))
+            progress.update(task, completed=trainer.seconds, description=f"step {trainer.step}")
+            now = time.monotonic()
+            if now - due["log"] > LOG_SECONDS:
+                log.write(trainer)
+                due["log"] = now
+            if now - due["save"] > SAVE_SECONDS:
+                trainer.save(work / "state.pt")
+                due["save"] = now
+            if now - due["measure"] > MEASURE_SECONDS:
+                write_model(trainer.model, tokenizer, work / "snapshot")
+                log.record(measure(work / "snapshot", vocabulary, requests, world))
+                due["measure"] = time.monotonic()
+    trainer.save(work / "state.pt")
+
+
+def main(
+    work: Annotated[Path, typer.Option(help="Directory with corpus and units.")] = Path("work"),
+    out: Annotated[Path, typer.Option(help="Folder of the model; its tokenizer must be there.")] = (
+        DEFAULT_OUT
+    ),
+    minutes: Annotated[
+        float, typer.Option(help="Minutes of training, resumed ones included.")
+    ] = 55,
+    mix: Annotated[str, typer.Option(help="Shares of turns to change: dialog=0.4,asr=0.2")] = "",
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    rate: Annotated[float, typer.Option(help="Highest learning rate.")] = Settings.rate,
+    noise: Annotated[float, typer.Option(help="Highest rate of replaced units.")] = Settings.noise,
+    seed: Annotated[int, typer.Option(help="Seed of weights and streams.")] = 0,
+    fresh: Annotated[bool, typer.Option(help="Start anew, whatever is in work/lm.")] = False,
+    phones: Annotated[bool, typer.Option(help="Train on stand-in units, as a start.")] = False,
+) -> None:
+    """Train nano's language model; resumes where an earlier run stopped."""
+    torch.set_num_threads(threads)
+    console = Console()
+    settings = Settings(rate=rate, noise=noise, seed=seed, mix=parse_mix(mix))
+    folder = work / ("lm_phones" if phones else "lm")
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = Vocabulary(out / "tokenizer.model")
+    units = stand_in_units(work) if phones else load_units(work)
+    corpora = load_corpus(work, vocabulary, units)
+    streams = Streams(corpora["train"], vocabulary, settings.mix, settings.noise, settings.seed)
+    trainer = Trainer(settings, vocabulary, streams)
+    state, start = folder / "state.pt", work / "lm_phones" / "state.pt"
+    if state.is_file() and not fresh:
+        trainer.resume(state)
+    elif start.is_file() and not phones:
+        start_from(trainer, start, vocabulary, stand_in_units(work), units)
+    log = Log(folder / "log.jsonl", console)
+    log.record({"pid": os.getpid(), "from_step": trainer.step, **asdict(settings)})
+    run(trainer, minutes, folder, out, corpora["heldout"], log)
+    if phones:
+        return
+    write_model(trainer.model, out, out)
+    everything = heldout_requests(corpora["heldout"], len(corpora["heldout"].requests))
+    log.record({"final": measure(out, vocabulary, everything, domain.build())})
+    console.print(f"{out}: {trainer.tokens / 1e6:.1f} M tokens in {trainer.seconds / 60:.0f} min")
+
+
+def stand_in_units(work: Path) -> dict[str, dict[str, Any]]:
+    """Stand-in units of every recording whose phones are known."""
+    rows = read_jsonl(work / "corpus" / "manifest.jsonl")
+    return {row["id"]: phone_units(row) for row in rows if row["phones"]}
+
+
+def start_from(
+    trainer: Trainer,
+    path: Path,
+    vocabulary: Vocabulary,
+    stand_ins: dict[str, dict[str, Any]],
+    units: dict[str, dict[str, Any]],
+) -> None:
+    """Take over the weights learnt on stand-ins, not the optimiser nor the clock."""
+    trainer.model.load_state_dict(torch.load(path, weights_only=True)["model"])
+    transfer(
+        trainer.model.get_parameter("model.embed_tokens.weight"),
+        vocabulary.phonetic,
+        {name: row["hu"] for name, row in stand_ins.items()},
+        {name: row["hu"] for name, row in units.items()},
+    )
+
+
+def parse_mix(text: str) -> dict[str, float]:
+    """The default mix with the shares named in ``text``, e.g. ``"dialog=0.4,asr=0.2"``."""
+    mix = dict(DEFAULT_MIX)
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        name, _, share = item.partition("=")
+        if name not in mix:
+            raise typer.BadParameter(f"mix {name!r}: known are {', '.join(mix)}")
+        try:
+            mix[name] = float(share)
+        except ValueError as error:
+            raise typer.BadParameter(f"mix {item!r}: expected name=number") from error
+    return mix

@@ -1,0 +1,365 @@
+"""The token streams that nano learns from, drawn afresh at every training step.
+
+A sequence starts with ``<s>`` and the word-boundary piece and goes on with turns, each one drawn
+from a mix of kinds, until it is full. Every token carries the kind of thing it is, from which its
+weight in the loss and the losses in the log follow.
+
+    dialog       [Speech]{request}[Text]{transcript} | {reply}[Speech]{reply spoken}</s>
+    dialog_text  the same without the spoken reply: more requests in the same time
+    typed        [Text]{transcript} | {reply}[Speech]{reply spoken}</s>
+    asr          [Speech]{anything}[Text]{transcript} |
+    tts          [Text]{sentence}[Speech]{spoken in the reply voice}</s>
+    interleaved  [Text]{words}[Speech]{the next words}[Text]... switching at random word boundaries
+    speech       [Speech]{a reply or sentence in the reply voice}</s>
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+
+from recipes.text_tokenizer import SEPARATOR, read_jsonl
+from stages.units import Units, interleave
+
+SAMPLE_RATE = 16_000
+REPLY_VOICE = "heart"
+NEUTRAL = 0
+
+KINDS = ("masked", "request_units", "transcript", "reply_text", "reply_units", "other")
+MASKED, REQUEST_UNITS, TRANSCRIPT, REPLY_TEXT, REPLY_UNITS, OTHER = range(len(KINDS))
+WEIGHTS = (0.0, 0.3, 1.0, 1.0, 1.0, 0.5)
+
+DEFAULT_MIX = {
+    "dialog": 0.34,
+    "dialog_text": 0.26,
+    "asr": 0.10,
+    "tts": 0.12,
+    "typed": 0.08,
+    "interleaved": 0.07,
+    "speech": 0.03,
+}
+Part = tuple[np.ndarray, int]  # ids and their kind
+
+
+class Vocabulary:
+    """Ids by name, from a ``tokenizer.model`` in the official form."""
+
+    def __init__(self, path: Path) -> None:
+        self.processor = sentencepiece.SentencePieceProcessor(str(path))
+        self.bos, self.eos = self.processor.bos_id(), self.processor.eos_id()
+        self.boundary = self.processor.PieceToId("▁")
+        self.text_tag, self.speech_tag = self.id("[Text]"), self.id("[Speech]")
+        self._units: dict[str, np.ndarray] = {}
+        for kind, count in (("Hu", 501), ("Pi", 64), ("St", 100)):
+            ids = [self.id(f"[{kind}{i}]") for i in range(count)]
+            self._units[kind] = np.array(ids, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.processor)
+
+    def id(self, name: str) -> int:
+        """The id of a piece. Raises ValueError when there is none of that name."""
+        found = self.processor.PieceToId(name)
+        if found == self.processor.unk_id():
+            raise ValueError(f"the tokenizer has no piece {name!r}")
+        return int(found)
+
+    def text(self, text: str) -> np.ndarray:
+        """Ids of ``text`` as it stands after a tag: without a word boundary of its own."""
+        ids = self.processor.EncodeAsIds("[Text]" + text)
+        return np.array(ids[ids.index(self.text_tag) + 1 :], dtype=np.int64)
+
+    def unit(self, kind: str, index: int) -> int:
+        """Id of the unit ``kind`` ("Hu", "Pi", "St") number ``index``."""
+        return int(self._units[kind][index])
+
+    @property
+    def phonetic(self) -> np.ndarray:
+        """Ids of all phonetic units, by unit number."""
+        return self._units["Hu"]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One recording as interleaved unit tokens; ``starts`` are their samples on its clock."""
+
+    id: str
+    role: str
+    voice: str
+    style: int
+    text: str
+    transcript: str
+    ids: np.ndarray
+    starts: np.ndarray
+    words: list[tuple[str, float, float]] | None
+
+
+@dataclass
+class Corpus:
+    """One split of the recordings with their units, and which request may have which reply."""
+
+    requests: list[Recording] = field(default_factory=list)
+    replies: dict[str, list[Recording]] = field(default_factory=lambda: defaultdict(list))
+    sentences: list[Recording] = field(default_factory=list)
+    answers: dict[str, list[tuple[str, int]]] = field(default_factory=lambda: defaultdict(list))
+
+    @property
+    def recordings(self) -> list[Recording]:
+        return [*self.requests, *self.sentences, *(r for rs in self.replies.values() for r in rs)]
+
+
+def load_units(work: Path) -> dict[str, dict[str, Any]]:
+    """Units of every recording by its id: ``hu`` (25 Hz), ``pi`` (12.5 Hz), ``st`` (1 Hz).
+
+    Raises:
+        FileNotFoundError: a recipe has not been run yet.
+    """
+    units = {row["id"]: row for row in read_jsonl(work / "units" / "units.jsonl")}
+    for name in ("pitch", "style"):
+        for row in read_jsonl(work / "units" / f"{name}.jsonl"):
+            if row["id"] in units:
+                units[row["id"]].update(row)
+    return units
+
+
+def load_corpus(
+    work: Path, vocabulary: Vocabulary, units: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Corpus]:
+    """Read the corpus from ``work``; replies belong to both splits, being few and fixed.
+
+    Args:
+        units: as :func:`load_units` gives them; recordings without units are left out.
+
+    Returns:
+        ``{"train": ..., "heldout": ...}``.
+
+    Raises:
+        FileNotFoundError: a recipe has not been run yet.
+        ValueError: no recording has units.
+    """
+    corpora = {"train": Corpus(), "heldout": Corpus()}
+    for row in read_jsonl(work / "corpus" / "manifest.jsonl"):
+        if row["id"] not in units:
+            continue
+        recording = _recording(row, units[row["id"]], vocabulary)
+        corpus = corpora[row["split"]]
+        if recording.role == "request":
+            corpus.requests.append(recording)
+        elif recording.role == "book":
+            corpus.sentences.append(recording)
+        else:
+            for either in corpora.values():
+                either.replies[recording.text].append(recording)
+    for row in read_jsonl(work / "corpus" / "dialogs.jsonl"):
+        reply = (row["reply_text"], row["reply_style"])
+        corpora[row["split"]].answers[row["request_text"]].append(reply)
+    for corpus in corpora.values():
+        corpus.requests = [r for r in corpus.requests if r.text in corpus.answers]
+    if not corpora["train"].requests:
+        raise ValueError(f"{work}: no request of the corpus has units; run the units recipe")
+    return corpora
+
+
+def _recording(
+    row: Mapping[str, Any], units: Mapping[str, Any], vocabulary: Vocabulary
+) -> Recording:
+    frames = interleave(Units(units["hu"], units.get("pi") or None, units.get("st") or None))
+    words = row.get("words")
+    return Recording(
+        id=row["id"],
+        role=row["role"],
+        voice=row["voice"],
+        style=row["style"],
+        text=row["text"],
+        transcript=row["transcript"],
+        ids=np.array([vocabulary.unit(f.kind, f.index) for f in frames], dtype=np.int64),
+        starts=np.array([f.sample for f in frames], dtype=np.int64),
+        words=[(w, a, b) for w, a, b in words] if words else None,
+    )
+
+
+class Streams:
+    """Draws training batches from a corpus.
+
+    Args:
+        mix: kind of turn -> share of turns.
+        noise: the largest rate at which phonetic units of the user's speech are replaced; each
+            recording draws its own rate, so that unknown voices are no surprise.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        vocabulary: Vocabulary,
+        mix: Mapping[str, float] | None = None,
+        noise: float = 0.15,
+        seed: int = 0,
+    ) -> None:
+        mix = dict(DEFAULT_MIX if mix is None else mix)
+        unknown = set(mix) - set(DEFAULT_MIX)
+        if unknown:
+            raise ValueError(f"mix: unknown {min(unknown)!r}; known are {', '.join(DEFAULT_MIX)}")
+        self.corpus, self.vocabulary, self.noise, self.seed = corpus, vocabulary, noise, seed
+        self._names = list(mix)
+        self._shares = np.array([mix[n] for n in self._names]) / sum(mix.values())
+        self._spoken = [
+            r
+            for r in (*corpus.sentences, *(r for rs in corpus.replies.values() for r in rs))
+            if r.voice == REPLY_VOICE
+        ]
+        self._any = corpus.recordings
+        self._with_words = [r for r in self._any if r.words]
+
+    def batch(self, step: int, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and kinds, both ``[rows, length + 1]``; the same step gives the same batch."""
+        rng = np.random.default_rng([self.seed, step])
+        drawn = [self.sequence(rng, length + 1) for _ in range(rows)]
+        return np.stack([ids for ids, _ in drawn]), np.stack([kinds for _, kinds in drawn])
+
+    def sequence(self, rng: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """One sequence of exactly ``length`` tokens; the last turn is cut off."""
+        v = self.vocabulary
+        parts: list[Part] = [(_ids(v.bos, v.boundary), MASKED)]
+        size = 2
+        while size < length:
+            turn = getattr(self, f"_{self._names[rng.choice(len(self._names), p=self._shares)]}")
+            for part in turn(rng):
+                parts.append(part)
+                size += len(part[0])
+        ids = np.concatenate([ids for ids, _ in parts])[:length]
+        kinds = np.concatenate([np.full(len(ids), kind) for ids, kind in parts])[:length]
+        return ids, kinds
+
+    # ------------------------------------------------------------------------ kinds of turn
+
+    def _dialog(self, rng: np.random.Generator) -> list[Part]:
+        request = _pick(rng, self.corpus.requests)
+        return [*self._heard(rng, request), *self._answer(rng, request, spoken=True)]
+
+    def _dialog_text(self, rng: np.random.Generator) -> list[Part]:
+        request = _pick(rng, self.corpus.requests)
+        return [*self._heard(rng, request), *self._answer(rng, request, spoken=False)]
+
+    def _typed(self, rng: np.random.Generator) -> list[Part]:
+        request, v = _pick(rng, self.corpus.requests), self.vocabulary
+        (heard, _), *answer = self._answer(rng, request, spoken=True)
+        return [(_ids(v.text_tag), MASKED), (heard, OTHER), *answer]
+
+    def _asr(self, rng: np.random.Generator) -> list[Part]:
+        recording = _pick(rng, self._any)
+        ending = (self._separator, TRANSCRIPT)
+        return [*self._heard(rng, recording), self._written(recording), ending, self._masked_end]
+
+    def _tts(self, rng: np.random.Generator) -> list[Part]:
+        recording, v = _pick(rng, self._spoken), self.vocabulary
+        text = v.text(recording.text)
+        return [(_ids(v.text_tag), MASKED), (text, OTHER), *self._speak(recording)]
+
+    def _speech(self, rng: np.random.Generator) -> list[Part]:
+        tag, *rest = self._speak(_pick(rng, self._spoken))
+        return [(tag[0], MASKED), *rest]
+
+    def _interleaved(self, rng: np.random.Generator) -> list[Part]:
+        recording, v = _pick(rng, self._with_words), self.vocabulary
+        words = recording.words or []
+        cuts = _spans(rng, len(words))
+        speaking = rng.random() < 0.2
+        parts: list[Part] = []
+        for a, b in pairwise(cuts):
+            if speaking:
+                first, last = self._between(recording, a, b)
+                parts += [(_ids(v.speech_tag), OTHER), (recording.ids[first:last], OTHER)]
+            else:
+                text = " ".join(w for w, _, _ in words[a:b]).lower()
+                parts += [(_ids(v.text_tag), OTHER), (v.text(text), OTHER)]
+            speaking = not speaking
+        return [(parts[0][0], MASKED), *parts[1:], self._masked_end]
+
+    # -------------------------------------------------------------------------------- pieces
+
+    @property
+    def _separator(self) -> np.ndarray:
+        return self.vocabulary.text(SEPARATOR.rstrip())
+
+    @property
+    def _masked_end(self) -> Part:
+        """An end that is never to be predicted: only there because the stream goes on."""
+        return _ids(self.vocabulary.eos), MASKED
+
+    def _heard(self, rng: np.random.Generator, recording: Recording) -> list[Part]:
+        """The user's speech, and the tag after it."""
+        v, ids, kind = self.vocabulary, recording.ids, REQUEST_UNITS
+        if self.noise > 0 and rng.random() < 0.5:
+            ids, kind = self._disturb(rng, ids), MASKED
+        return [(_ids(v.speech_tag), MASKED), (ids, kind), (_ids(v.text_tag), TRANSCRIPT)]
+
+    def _disturb(self, rng: np.random.Generator, ids: np.ndarray) -> np.ndarray:
+        """Replace, drop and insert phonetic units, each at a rate drawn for this recording."""
+        rate = rng.uniform(0, self.noise)
+        phonetic = np.isin(ids, self.vocabulary.phonetic)
+        chance = rng.random(len(ids))
+        other = _pick(rng, self._any).ids
+        other = other[np.isin(other, self.vocabulary.phonetic)]
+        substitutes = rng.choice(other, len(ids)) if len(other) else ids
+        ids = np.where(phonetic & (chance < rate), substitutes, ids)
+        return ids[~(phonetic & (chance > 1 - rate / 3))]
+
+    def _written(self, recording: Recording) -> Part:
+        return self.vocabulary.text(recording.transcript), TRANSCRIPT
+
+    def _answer(self, rng: np.random.Generator, request: Recording, spoken: bool) -> list[Part]:
+        """Transcript, separator, reply, and the reply spoken in its style."""
+        text, style = _pick(rng, self.corpus.answers[request.text])
+        both = self.vocabulary.text(request.transcript + SEPARATOR + text)
+        heard = len(self.vocabulary.text(request.transcript + SEPARATOR.rstrip()))
+        parts: list[Part] = [(both[:heard], TRANSCRIPT), (both[heard:], REPLY_TEXT)]
+        recordings = [r for r in self.corpus.replies.get(text, ()) if r.voice == REPLY_VOICE]
+        fitting = [r for r in recordings if r.style == style] or recordings
+        if not spoken or not fitting:
+            return [*parts, self._masked_end]
+        tag, *speech = self._speak(_pick(rng, fitting))
+        return [*parts, (tag[0], REPLY_TEXT), *speech]
+
+    def _speak(self, recording: Recording) -> list[Part]:
+        v = self.vocabulary
+        return [
+            (_ids(v.speech_tag), OTHER),
+            (recording.ids, REPLY_UNITS),
+            (_ids(v.eos), REPLY_UNITS),
+        ]
+
+    @staticmethod
+    def _between(recording: Recording, a: int, b: int) -> tuple[int, int]:
+        """Range of the tokens of words ``a..b``; silence goes with the word before it."""
+        words, starts = recording.words or [], recording.starts.tolist()
+
+        def at(word: int) -> int:
+            if word <= 0:
+                return 0
+            if word >= len(words):
+                return len(starts)
+            return bisect.bisect_left(starts, round(words[word][1] * SAMPLE_RATE))
+
+        return at(a), at(b)
+
+
+def _ids(*ids: int) -> np.ndarray:
+    return np.array(ids, dtype=np.int64)
+
+
+def _pick(rng: np.random.Generator, items: list[Any]) -> Any:
+    return items[rng.integers(len(items))]
+
+
+def _spans(rng: np.random.Generator, words: int) -> list[int]:
+    """Word boundaries at which the modality switches; about every third, both ends included."""
+    inner = [i for i in range(1, words) if rng.random() < 1 / 3]
+    return [0, *inner, words]

@@ -1,0 +1,341 @@
+"""The recipes of the language model, on a corpus of a few sentences."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+import torch.nn.functional as F
+import typer
+
+from recipes import lm, lm_data, text_tokenizer
+from recipes.lm_data import DEFAULT_MIX, KINDS, MASKED, REPLY_TEXT, REPLY_UNITS, TRANSCRIPT
+from recipes.lm_model import BlockAttention, TrainableLlama
+from recipes.lm_phones import phone_units, transfer
+from stages.checkpoint import Layout
+from stages.lm import LanguageModel
+from stages.text import Tokenizer
+
+REQUESTS = {
+    "Hello, nano.": ["Hi there!", "Hello!"],
+    "What time is it?": ["It is noon."],
+    "Please go left.": ["I go to the left."],
+}
+HELDOUT = "Could you turn left?"
+BOOK = "The quick brown fox is not lazy."
+
+
+def manifest_rows() -> list[dict[str, Any]]:
+    rows = []
+
+    def add(text: str, role: str, voice: str, split: str = "train", style: int = 0) -> None:
+        words = text.split()
+        end = 0.3 + 0.4 * len(words)
+        rows.append(
+            {
+                "id": f"{role}{len(rows)}",
+                "text": text,
+                "transcript": "".join(c for c in text.lower() if c.isalpha() or c in "' "),
+                "role": role,
+                "intent": None,
+                "voice": voice,
+                "style": style,
+                "split": split,
+                "wav": "",
+                "samples": int(16000 * (end + 0.3)),
+                "words": [[w, 0.3 + 0.4 * i, 0.7 + 0.4 * i] for i, w in enumerate(words)],
+                "phones": [["sil", 0.0, 0.3]]
+                + [[w[0], 0.3 + 0.4 * i, 0.7 + 0.4 * i] for i, w in enumerate(words)],
+            }
+        )
+
+    for request, replies in REQUESTS.items():
+        add(request, "request", "slt")
+        add(request, "request", "heart_low")
+        for reply in replies:
+            add(reply, "reply", "heart")
+            add(reply, "reply", "heart", style=1)
+            add(reply, "reply", "rms")
+    add(HELDOUT, "request", "slt", "heldout")
+    add(BOOK, "book", "heart")
+    add(BOOK, "book", "awb")
+    return rows
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("work")
+    rows = manifest_rows()
+    dialogs = [
+        {"intent": "x", "request_text": q, "reply_text": a, "reply_style": 1, "split": "train"}
+        for q, answers in REQUESTS.items()
+        for a in answers
+    ]
+    dialogs.append({**dialogs[-1], "request_text": HELDOUT, "split": "heldout"})
+    (path / "units").mkdir()
+    (path / "corpus").mkdir()
+    units = [phone_units(row) for row in rows]
+    for name, content in {
+        "corpus/manifest": rows,
+        "corpus/dialogs": dialogs,
+        "units/units": [{"id": u["id"], "hu": u["hu"]} for u in units],
+        "units/pitch": [{"id": u["id"], "pi": u["pi"]} for u in units],
+        "units/style": [{"id": u["id"], "st": u["st"]} for u in units],
+    }.items():
+        (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    text_tokenizer.main(path, path / "model", text_pieces=70)
+    return path
+
+
+@pytest.fixture(scope="module")
+def vocabulary(work: Path) -> lm_data.Vocabulary:
+    return lm_data.Vocabulary(work / "model" / "tokenizer.model")
+
+
+@pytest.fixture(scope="module")
+def corpora(work: Path, vocabulary: lm_data.Vocabulary) -> dict[str, lm_data.Corpus]:
+    return lm_data.load_corpus(work, vocabulary, lm_data.load_units(work))
+
+
+@pytest.fixture
+def streams(corpora: dict[str, lm_data.Corpus], vocabulary: lm_data.Vocabulary) -> lm_data.Streams:
+    return lm_data.Streams(corpora["train"], vocabulary, noise=0.0)
+
+
+# ------------------------------------------------------------------------------------- tokenizer
+
+
+def test_the_tokenizer_has_the_official_form(work: Path) -> None:
+    processor = sentencepiece.SentencePieceProcessor(str(work / "model" / "tokenizer.model"))
+    assert [processor.IdToPiece(i) for i in range(4)] == ["<unk>", "<s>", "</s>", "<0x00>"]
+    speech = text_tokenizer.speech_tokens()
+    first = len(processor) - len(speech)
+    assert [processor.IdToPiece(first + i) for i in range(len(speech))] == speech
+    assert speech[:3] == ["[Text]", "[Speech]", "[Hu0]"] and speech[-1] == "[St99]"
+    assert {p.name for p in (work / "model").iterdir()} == {
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+    }
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[Text]what time is it | It is noon.[Speech][St0][Pi3][Hu7][Hu9]", "a  b\n", "naïve 你"],
+)
+def test_nothing_is_lost_in_the_tokenizer(work: Path, text: str) -> None:
+    tokenizer = Tokenizer.load(work / "model")
+    ids = tokenizer.encode(text)
+    assert ids[0] == 1 and tokenizer.decode(ids) == text
+
+
+def test_the_separator_is_one_piece(vocabulary: lm_data.Vocabulary) -> None:
+    heard = vocabulary.text("what time is it")
+    both = vocabulary.text("what time is it | It is noon.")
+    assert both[: len(heard)].tolist() == heard.tolist()
+    assert vocabulary.processor.IdToPiece(int(both[len(heard)])) == "▁|"
+
+
+# --------------------------------------------------------------------------------------- streams
+
+
+def test_a_step_always_gives_the_same_batch(streams: lm_data.Streams) -> None:
+    ids, kinds = streams.batch(7, rows=3, length=200)
+    assert ids.shape == kinds.shape == (3, 201)
+    again, _ = streams.batch(7, rows=3, length=200)
+    other, _ = streams.batch(8, rows=3, length=200)
+    assert np.array_equal(ids, again) and not np.array_equal(ids, other)
+
+
+def test_every_sequence_is_what_the_tokenizer_makes_of_its_string(
+    streams: lm_data.Streams, work: Path
+) -> None:
+    """So the agent, which encodes strings, meets nothing that was not trained."""
+    tokenizer = Tokenizer.load(work / "model")
+    for row in streams.batch(3, rows=8, length=300)[0]:
+        ids = row.tolist()
+        end = ids.index(2) if 2 in ids else len(ids)
+        turn = ids[:end]
+        assert tokenizer.encode(tokenizer.decode(turn)) == turn
+
+
+def turn(streams: lm_data.Streams, kind: str, seed: int) -> list[tuple[str, int]]:
+    parts = getattr(streams, f"_{kind}")(np.random.default_rng(seed))
+    decode = streams.vocabulary.processor.DecodeIds
+    return [(decode(ids.tolist()), kind) for ids, kind in parts]
+
+
+def text_of(parts: list[tuple[str, int]], kind: int) -> str:
+    return "".join(text for text, k in parts if k == kind)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_dialog_has_a_right_reply_in_the_reply_voice_and_style(
+    streams: lm_data.Streams, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    request = streams.corpus.requests[rng.integers(len(streams.corpus.requests))]
+    parts = turn(streams, "dialog", seed)
+    written = "".join(text for text, _ in parts)
+    assert written.startswith("[Speech][St0]") and written.count("[Text]") == 1
+    answer = text_of(parts, REPLY_TEXT).removesuffix("[Speech]").strip()
+    assert answer in REQUESTS[request.text]
+    assert text_of(parts, TRANSCRIPT) == f"[Text]{request.transcript} |"
+    spoken = text_of(parts, REPLY_UNITS)
+    wanted = {
+        streams.vocabulary.processor.DecodeIds(r.ids.tolist())
+        for r in streams.corpus.replies[answer]
+        if r.voice == "heart" and r.style == 1
+    }
+    assert spoken in wanted
+
+
+def test_no_end_is_learnt_after_a_reply_that_is_not_spoken(streams: lm_data.Streams) -> None:
+    ids, kind = streams._dialog_text(np.random.default_rng(0))[-1]
+    assert ids.tolist() == [2] and kind == MASKED
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_interleaving_keeps_every_word_once(streams: lm_data.Streams, seed: int) -> None:
+    parts = turn(streams, "interleaved", seed)
+    rng = np.random.default_rng(seed)
+    recording = streams._with_words[rng.integers(len(streams._with_words))]
+    spans = [(tag, text) for (tag, _), (text, _) in zip(parts[::2], parts[1::2], strict=False)]
+    assert all(tag in ("[Text]", "[Speech]") for tag, _ in spans)
+    assert all(a != b for (a, _), (b, _) in zip(spans, spans[1:], strict=False))
+    written = " ".join(text for tag, text in spans if tag == "[Text]").split()
+    words = [w.lower() for w, _, _ in recording.words or []]
+    assert written == [w for w in words if w in written]
+
+
+def test_noise_changes_only_phonetic_units(
+    corpora: dict[str, lm_data.Corpus], vocabulary: lm_data.Vocabulary
+) -> None:
+    streams = lm_data.Streams(corpora["train"], vocabulary, noise=0.9)
+    ids = corpora["train"].requests[0].ids
+    noisy = streams._disturb(np.random.default_rng(4), ids)
+
+    def others(x: np.ndarray) -> list[int]:
+        return x[~np.isin(x, vocabulary.phonetic)].tolist()
+
+    assert others(noisy) == others(ids) and noisy.tolist() != ids.tolist()
+
+
+def test_heldout_requests_are_never_trained(
+    corpora: dict[str, lm_data.Corpus], streams: lm_data.Streams
+) -> None:
+    assert [r.text for r in corpora["heldout"].requests] == [HELDOUT]
+    assert HELDOUT not in {r.text for r in streams._any}
+    assert HELDOUT not in streams.corpus.answers
+
+
+def test_the_mix_is_checked() -> None:
+    assert lm.parse_mix("dialog=0.5, asr=0") == {**DEFAULT_MIX, "dialog": 0.5, "asr": 0.0}
+    with pytest.raises(typer.BadParameter, match="known are dialog"):
+        lm.parse_mix("chat=1")
+    with pytest.raises(typer.BadParameter, match="expected name=number"):
+        lm.parse_mix("asr=much")
+
+
+def test_missing_recipes_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="run the recipes that come before"):
+        lm_data.load_units(tmp_path)
+
+
+# ---------------------------------------------------------------------------------- the network
+
+
+def test_block_attention_equals_torch() -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(3, 300, 16, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    out = BlockAttention.apply(*inputs)
+    expected = F.scaled_dot_product_attention(*inputs, is_causal=True, scale=1.0)
+    torch.testing.assert_close(out, expected)
+    grad = torch.randn_like(out)
+    for got, wanted in zip(
+        torch.autograd.grad(out, inputs, grad),
+        torch.autograd.grad(expected, inputs, grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+SMALL = lm.Settings(
+    hidden=32, layers=2, heads=2, intermediate=48, length=64, rows=2, long_every=2, noise=0.1
+)
+
+
+@pytest.fixture
+def trainer(vocabulary: lm_data.Vocabulary, streams: lm_data.Streams) -> lm.Trainer:
+    return lm.Trainer(SMALL, vocabulary, streams)
+
+
+def test_what_was_trained_is_what_runs(trainer: lm.Trainer, work: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        trainer.train_step(0.1)
+    lm.write_model(trainer.model, work / "model", tmp_path)
+    model = LanguageModel.load(Layout(tmp_path, tmp_path, "expressive"))
+    rounded = TrainableLlama(trainer.model.config)
+    rounded.load_state_dict({k: v.float() for k, v in trainer.model.official_state().items()})
+    ids = trainer.streams.batch(0, 1, 100)[0][0]
+    with torch.no_grad():
+        expected = rounded(torch.from_numpy(ids)[None])[0]
+    model.append(ids.tolist())
+    torch.testing.assert_close(model.logits, expected[-1], atol=1e-4, rtol=0)
+    assert model.vocab_size % lm.ROW_MULTIPLE == 0
+    assert Tokenizer.load(tmp_path).mask("any").sum() == len(trainer.streams.vocabulary)
+
+
+def test_a_resumed_run_goes_on_as_if_never_stopped(
+    trainer: lm.Trainer,
+    vocabulary: lm_data.Vocabulary,
+    streams: lm_data.Streams,
+    tmp_path: Path,
+) -> None:
+    trainer.train_step(0.1)
+    trainer.save(tmp_path / "state.pt")
+    trainer.train_step(0.2)
+    other = lm.Trainer(SMALL, vocabulary, streams)
+    other.resume(tmp_path / "state.pt")
+    other.train_step(0.2)
+    assert other.step == trainer.step and other.tokens == trainer.tokens
+    for a, b in zip(trainer.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_it_learns(trainer: lm.Trainer) -> None:
+    def loss(sums: torch.Tensor, counts: torch.Tensor) -> float:
+        return float(sums.sum() / counts.sum())
+
+    first = loss(*trainer.train_step(0.1))
+    for _ in range(40):
+        last = loss(*trainer.train_step(0.1))
+    assert last < first - 1.5
+
+
+def test_the_rate_warms_up_and_ends_at_zero(trainer: lm.Trainer) -> None:
+    rates = [trainer.rate(s) for s in (0.0, 0.01, 0.02, 0.5, 1.0)]
+    assert rates[0] < rates[1] < rates[2] > rates[3] > rates[4]
+    assert max(rates) <= SMALL.rate and rates[4] == pytest.approx(0.0)
+
+
+def test_embeddings_follow_the_units_they_coincide_with() -> None:
+    embedding = torch.randn(6, 8)
+    before = embedding.clone()
+    phonetic = np.array([2, 3, 4, 5])
+    transfer(embedding, phonetic, {"a": [0, 0, 1, 1]}, {"a": [3, 3, 2, 2], "b": [1]})
+    direction = F.cosine_similarity(embedding[phonetic[[3, 2]]], before[phonetic[[0, 1]]])
+    torch.testing.assert_close(direction, torch.ones(2))
+    assert torch.equal(embedding[:2], before[:2])
+    assert torch.equal(embedding[phonetic[1]], before[phonetic[1]])
+
+
+def test_losses_are_told_by_kind(trainer: lm.Trainer) -> None:
+    sums, counts = trainer.train_step(0.1)
+    assert sums.shape == counts.shape == (len(KINDS),)
+    assert counts[MASKED] == 0 and counts[REPLY_UNITS] > 0

@@ -264,6 +264,11 @@ def units_to_string(
     return "".join(map(str, frames))
 
 
+def speech_tokens(string: str) -> str:
+    """The complete tokens like ``[Hu12]`` in ``string``, without anything in between."""
+    return "".join(match[0] for match in _TOKEN.finditer(string))
+
+
 def string_to_units(
     string: str,
     *,

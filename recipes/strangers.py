@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gzip
 import random
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -40,36 +38,22 @@ def joe_requests(world: Domain, work: Path, limit: int, seed: int = 0) -> list[d
 
 
 def human_prompts(known: set[str], limit: int | None) -> list[tuple[str, np.ndarray]]:
-    """Prompts spoken by a woman (Debian: asterisk-core-sounds-en-g722), of words nano has met."""
-    if not (HUMAN.is_dir() and HUMAN_TEXT.is_file() and shutil.which("ffmpeg")):
+    """Telephone prompts spoken by a woman, of words that nano has met; [] where there are none.
+
+    They come with Debian's asterisk-core-sounds-en-g722 (CC-BY-SA 3.0) and are no part of nano.
+    """
+    if not (HUMAN.is_dir() and HUMAN_TEXT.is_file()):
         return []
+    from faster_whisper import decode_audio
+
     found = []
     lines = gzip.decompress(HUMAN_TEXT.read_bytes()).decode("utf-8", "replace").splitlines()
     for line in lines:
         name, _, text = line.partition(":")
         words = spoken(text).split()
         path = HUMAN / f"{name.strip()}.g722"
-        if (
-            not path.is_file()
-            or not 1 <= len(words) <= 12
-            or "[" in text
-            or not known.issuperset(words)
-        ):
-            continue
-        command = [
-            "ffmpeg",
-            "-v",
-            "error",
-            "-i",
-            str(path),
-            "-f",
-            "f32le",
-            "-ar",
-            "16000",
-            "-ac",
-            "1",
-        ]
-        raw = subprocess.run([*command, "-"], capture_output=True, check=True, timeout=60).stdout
-        found.append((text.strip(), np.frombuffer(raw, np.float32).copy()))
+        plain = "[" not in text and 1 <= len(words) <= 12 and known.issuperset(words)
+        if plain and path.is_file():
+            found.append((text.strip(), decode_audio(str(path), sampling_rate=16_000)))
     random.Random(0).shuffle(found)
     return found[:limit]

@@ -53,9 +53,6 @@ class Dialogue:
     """Writes requests into the language model's cache and decodes replies, turn by turn.
 
     All methods do model work: call them from the language model's own thread.
-
-    Attributes:
-        prefilled, rewound, text_tokens, speech_tokens: tokens of the turn in progress.
     """
 
     def __init__(
@@ -79,14 +76,17 @@ class Dialogue:
         self._kinds = frozenset(tokenizer.kinds)
         self._starts: list[int] = []  # where each turn begins in the cache
         self._units_from = 0  # where the request's units begin
+        self._open = False  # a turn has begun and not been closed
         self._clear_counts()
 
     def begin(self) -> None:
-        """Open a turn in which the user speaks."""
+        """Open a turn in which the user speaks; one that was never answered is forgotten."""
+        self.abandon()
         self._clear_counts()
         self._slide()
         if not self._lm.length:
             self._lm.append([self._tokenizer.bos])
+        self._open = True
         self._starts.append(self._lm.length)
         self._lm.append([self._tokenizer.speech_tag])
         self._units_from = self._lm.length
@@ -104,10 +104,10 @@ class Dialogue:
             (n for n, (a, b) in enumerate(zip(old, new, strict=False)) if a != b),
             min(len(old), len(new)),
         )
-        self.rewound += self._lm.length - (at + same)
+        self._rewound += self._lm.length - (at + same)
         self._lm.rewind(at + same)
         self._lm.append(new[same:])
-        self.prefilled += len(new) - same
+        self._prefilled += len(new) - same
 
     def reply(self) -> Steps:
         """Decode the reply. When it ends the turn is closed in the cache, also if it ends early."""
@@ -122,8 +122,9 @@ class Dialogue:
 
     def abandon(self) -> None:
         """Forget the open turn, as if nothing had been said."""
-        if self._starts:
+        if self._open:
             self._lm.rewind(self._starts.pop())
+        self._open = False
 
     def _plan(self) -> Steps:
         """Text up to the tag that begins speech."""
@@ -136,7 +137,7 @@ class Dialogue:
             if i in (tokenizer.speech_tag, tokenizer.eos):
                 lm.rewind(lm.length - 1)
                 break
-            self.text_tokens += 1
+            self._text_tokens += 1
             for said in decoder.push(i):
                 if isinstance(said, str):
                     yield from splitter.push(said)
@@ -156,11 +157,11 @@ class Dialogue:
                 return
             for said in decoder.push(i):
                 if isinstance(said, Unit):
-                    self.speech_tokens += 1
+                    self._speech_tokens += 1
                     units.append(said)
                     yield SaidUnit(said)
                 elif isinstance(said, str):
-                    self.text_tokens += 1
+                    self._text_tokens += 1
                     text_left -= 1
                     yield SaidText(said)
             if text_left <= 0:
@@ -168,7 +169,7 @@ class Dialogue:
 
     def _close(self) -> None:
         """End the turn with the end-of-sequence token, however it came to an end."""
-        lm = self._lm
+        lm, self._open = self._lm, False
         if lm.ids[-1] != self._tokenizer.eos and lm.length < lm.capacity:
             lm.append([self._tokenizer.eos])
 
@@ -185,8 +186,18 @@ class Dialogue:
         self._lm.append([self._tokenizer.bos, *ids[first:]])
         self._starts = [start - first + 1 for start in kept]
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """Tokens of the turn in progress, by what was done with them."""
+        return {
+            "prefilled_tokens": self._prefilled,
+            "rewound_tokens": self._rewound,
+            "text_tokens": self._text_tokens,
+            "speech_tokens": self._speech_tokens,
+        }
+
     def _clear_counts(self) -> None:
-        self.prefilled = self.rewound = self.text_tokens = self.speech_tokens = 0
+        self._prefilled = self._rewound = self._text_tokens = self._speech_tokens = 0
 
 
 class _Splitter:

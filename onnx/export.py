@@ -68,19 +68,26 @@ class GraphSpec:
     sources: Callable[[Layout], tuple[Path, ...]]
 
 
-class _Speak(nn.Module):
-    """The vocoder with positional inputs in the graph's order, Base or Expressive."""
+class _SpeakBase(nn.Module):
+    """The Base vocoder with its inputs in the graph's order."""
 
     def __init__(self, model: UnitHiFiGAN) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, code: Tensor, *rest: Tensor) -> Tensor:
-        if self.model.config.expressive:
-            pitch, style, speaker = rest
-            return self.model(code, pitch, style, speaker)
-        speaker, style_id = rest
+    def forward(self, code: Tensor, speaker: Tensor, style_id: Tensor) -> Tensor:
         return self.model(code, speaker=speaker, style_id=style_id)
+
+
+class _SpeakExpressive(nn.Module):
+    """The Expressive vocoder with its inputs in the graph's order."""
+
+    def __init__(self, model: UnitHiFiGAN) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, code: Tensor, pitch: Tensor, style: Tensor, speaker: Tensor) -> Tensor:
+        return self.model(code, pitch, style, speaker)
 
 
 class _Durations(nn.Module):
@@ -104,10 +111,10 @@ def _phonetic() -> GraphSpec:
     return GraphSpec(
         name="phonetic",
         build=lambda layout: PhoneticEncoder.load(layout).network,
-        example=lambda network: (torch.randn(2, 20_480) * 0.1,),
+        example=lambda network: (torch.randn(1, 40_960) * 0.1,),
         inputs=("wave",),
         outputs=("features", "logits"),
-        axes=({0: ("batch", 1, 1024), 1: ("samples", 1280, 1_600_000)},),
+        axes=({1: ("samples", 640, 1_600_000)},),
         sources=lambda layout: (layout.hubert, layout.quantizer),
     )
 
@@ -155,13 +162,14 @@ def _vocoder(expressive: bool) -> list[GraphSpec]:
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int64)
 
+    speak = _SpeakExpressive if expressive else _SpeakBase
     frames: Axes = {1: ("frames", 1, 90_000)}
     streams = ("code", "pitch", "style") if expressive else ("code",)
     scalars = ("speaker",) if expressive else ("speaker", "style_id")
     example = tuple(zeros(1, 30) for _ in streams) + tuple(zeros(1) for _ in scalars)
     vocoder = GraphSpec(
         name="vocoder",
-        build=lambda layout: _Speak(Vocoder.load(layout).model),
+        build=lambda layout: speak(Vocoder.load(layout).model),
         example=lambda network: example,
         inputs=streams + scalars,
         outputs=("wave",),
@@ -195,8 +203,6 @@ def export_graph(spec: GraphSpec, layout: Layout, path: Path) -> None:
     shapes = tuple(
         {axis: _dim(names, *size) for axis, size in axes.items()} or None for axes in spec.axes
     )
-    if isinstance(network, _Speak):  # variadic arguments are one level deeper
-        shapes = (shapes[0], shapes[1:])
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(f".{os.getpid()}.tmp")
     try:

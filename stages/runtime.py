@@ -7,13 +7,16 @@ runs a graph is decided here, once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 
 from stages.checkpoint import CheckpointError
+
+Graph = Callable[..., Sequence[np.ndarray]]
+"""An exported graph as a stage sees it: one array per input, in order, to one per output."""
 
 _CUDA = "CUDAExecutionProvider"
 _CPU = "CPUExecutionProvider"

@@ -17,6 +17,7 @@ import torch
 
 from stages.checkpoint import CheckpointError, Layout, load_state, load_weights
 from stages.hifigan import UnitHiFiGAN, VocoderConfig, fold_weight_norm, official_state
+from stages.runtime import Graph
 from stages.units import RANDOM_STYLES, Units, string_to_units
 
 __all__ = [
@@ -63,7 +64,10 @@ class Frames:
 class Vocoder:
     """Speaks units: ``decode`` as the tokenizer does, ``speak`` as the bare vocoder does.
 
-    ``speakers`` and ``styles`` are the names in the checkpoint's text files, by index.
+    ``speakers`` and ``styles`` are the names in the checkpoint's text files, by index. The graphs,
+    where given, are called in place of the torch network: ``graph`` with the frames' streams
+    ``[1, T]``, the speaker ``[1]`` and, Base, the style ``[1]``; ``duration_graph`` with units
+    ``[1, N]``.
     """
 
     def __init__(
@@ -73,15 +77,25 @@ class Vocoder:
         device: str | torch.device = "cpu",
         speakers: Sequence[str] = (),
         styles: Sequence[str] = (),
+        graph: Graph | None = None,
+        duration_graph: Graph | None = None,
     ) -> None:
         self.device = torch.device(device)
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.config = model.config
         self.speakers = tuple(speakers)
         self.styles = tuple(styles)
+        self._graph = graph
+        self._duration_graph = duration_graph
 
     @classmethod
-    def load(cls, layout: Layout | str | Path, device: str | torch.device = "cpu") -> Vocoder:
+    def load(
+        cls,
+        layout: Layout | str | Path,
+        device: str | torch.device = "cpu",
+        graph: Graph | None = None,
+        duration_graph: Graph | None = None,
+    ) -> Vocoder:
         """Load ``config.json`` and ``generator.pt`` from a layout or from a vocoder's own folder.
 
         Raises:
@@ -100,18 +114,29 @@ class Vocoder:
             device=device,
             speakers=_names(folder / "speakers.txt"),
             styles=_names(folder / "styles.txt"),
+            graph=graph,
+            duration_graph=duration_graph,
         )
 
-    # The two computations; a subclass may run them elsewhere (ONNX Runtime).
+    # The two computations.
 
     def log_durations(self, code: np.ndarray) -> np.ndarray:
         """Units int64 [N] -> log(frames + 1), float32 [N]."""
+        if self._duration_graph is not None:
+            return np.asarray(self._duration_graph(np.asarray(code, np.int64)[None])[0][0])
         with torch.inference_mode():
             batch = torch.as_tensor(code, dtype=torch.int64, device=self.device)[None]
             return self.model.log_durations(batch)[0].float().cpu().numpy()
 
     def generate(self, frames: Frames, speaker: int, style_id: int) -> np.ndarray:
         """Frames [T], one speaker and (Base) style -> waveform float32 [T * hop]."""
+        if self._graph is not None:
+            given = [a for a in (frames.code, frames.pitch, frames.style) if a is not None]
+            inputs = [np.asarray(a, np.int64)[None] for a in given]
+            inputs.append(np.array([speaker], np.int64))
+            if self.config.styles:
+                inputs.append(np.array([style_id], np.int64))
+            return np.asarray(self._graph(*inputs)[0][0, 0])
         with torch.inference_mode():
             code, pitch, style, who, how = (
                 None if a is None else torch.as_tensor(a, dtype=torch.int64, device=self.device)

@@ -277,7 +277,7 @@ def run(
     due = dict.fromkeys(("save", "measure", "log"), time.monotonic())
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     with Progress(*columns, console=log.console) as progress:
-        task = progress.add_task("lm", total=minutes * 60, completed=trainer.seconds)
+        task = progress.add_task("lm", total=minutes * 60, completed=int(trainer.seconds))
         while trainer.seconds < minutes * 60:
             log.add(*trainer.train_step(trainer.seconds / (minutes * 60)))
             progress.update(task, completed=trainer.seconds, description=f"step {trainer.step}")

@@ -26,18 +26,12 @@ class TrainableLlama(nn.Module):
         config: the content of ``config.json`` (Hugging Face's names).
     """
 
-    def __init__(self, config: dict) -> None:
+    def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
-        hidden, self.eps = config["hidden_size"], config["rms_norm_eps"]
         if not config["tie_word_embeddings"]:
             raise ValueError("tie_word_embeddings: this recipe trains tied embeddings only")
-        self.config = config
-        self.model = nn.Module()
-        self.model.embed_tokens = nn.Embedding(config["vocab_size"], hidden)
-        self.model.layers = nn.ModuleList(
-            _layer(hidden, config["intermediate_size"]) for _ in range(config["num_hidden_layers"])
-        )
-        self.model.norm = _Norm(hidden)
+        self.config, self.eps = config, config["rms_norm_eps"]
+        self.model = _Body(config)
         self._initialise(config["num_hidden_layers"])
         self._tables: tuple[Tensor, Tensor] | None = None
 
@@ -55,14 +49,13 @@ class TrainableLlama(nn.Module):
         heads = self.config["num_attention_heads"]
         cos, sin = self._rotary(length, x.shape[-1] // heads)
         for layer in self.model.layers:
-            a, m = layer.self_attn, layer.mlp
+            assert isinstance(layer, _Layer)
             h = self._norm(x, layer.input_layernorm)
-            weight = torch.cat((a.q_proj.weight, a.k_proj.weight, a.v_proj.weight))
-            qkv = F.linear(h, weight).view(batch, length, 3 * heads, -1)
-            x = x + a.o_proj(_attend(qkv, heads, cos, sin))
+            qkv = F.linear(h, layer.self_attn.qkv()).view(batch, length, 3 * heads, -1)
+            x = x + layer.self_attn.o_proj(_attend(qkv, heads, cos, sin))
             h = self._norm(x, layer.post_attention_layernorm)
-            gate, up = F.linear(h, torch.cat((m.gate_proj.weight, m.up_proj.weight))).chunk(2, -1)
-            x = x + m.down_proj(F.silu(gate) * up)
+            gate, up = F.linear(h, layer.mlp.gate_up()).chunk(2, -1)
+            x = x + layer.mlp.down_proj(F.silu(gate) * up)
         x = x if wanted is None else x[wanted]
         return F.linear(self._norm(x, self.model.norm), self.model.embed_tokens.weight)
 
@@ -91,16 +84,48 @@ class _Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
 
-def _layer(hidden: int, intermediate: int) -> nn.Module:
-    layer = nn.Module()
-    layer.input_layernorm, layer.post_attention_layernorm = _Norm(hidden), _Norm(hidden)
-    layer.self_attn, layer.mlp = nn.Module(), nn.Module()
-    for name in "qkvo":
-        setattr(layer.self_attn, f"{name}_proj", nn.Linear(hidden, hidden, bias=False))
-    layer.mlp.gate_proj = nn.Linear(hidden, intermediate, bias=False)
-    layer.mlp.up_proj = nn.Linear(hidden, intermediate, bias=False)
-    layer.mlp.down_proj = nn.Linear(intermediate, hidden, bias=False)
-    return layer
+class _Attention(nn.Module):
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj = _matrix(hidden, hidden), _matrix(hidden, hidden)
+        self.v_proj, self.o_proj = _matrix(hidden, hidden), _matrix(hidden, hidden)
+
+    def qkv(self) -> Tensor:
+        return torch.cat((self.q_proj.weight, self.k_proj.weight, self.v_proj.weight))
+
+
+class _Mlp(nn.Module):
+    def __init__(self, hidden: int, intermediate: int) -> None:
+        super().__init__()
+        self.gate_proj = _matrix(hidden, intermediate)
+        self.up_proj = _matrix(hidden, intermediate)
+        self.down_proj = _matrix(intermediate, hidden)
+
+    def gate_up(self) -> Tensor:
+        return torch.cat((self.gate_proj.weight, self.up_proj.weight))
+
+
+class _Layer(nn.Module):
+    def __init__(self, hidden: int, intermediate: int) -> None:
+        super().__init__()
+        self.input_layernorm, self.post_attention_layernorm = _Norm(hidden), _Norm(hidden)
+        self.self_attn, self.mlp = _Attention(hidden), _Mlp(hidden, intermediate)
+
+
+class _Body(nn.Module):
+    """What the official names call ``model``."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        hidden, intermediate = config["hidden_size"], config["intermediate_size"]
+        layers = range(config["num_hidden_layers"])
+        self.embed_tokens = nn.Embedding(config["vocab_size"], hidden)
+        self.layers = nn.ModuleList(_Layer(hidden, intermediate) for _ in layers)
+        self.norm = _Norm(hidden)
+
+
+def _matrix(inputs: int, outputs: int) -> nn.Linear:
+    return nn.Linear(inputs, outputs, bias=False)
 
 
 def _attend(qkv: Tensor, heads: int, cos: Tensor, sin: Tensor) -> Tensor:

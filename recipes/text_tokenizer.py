@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import sentencepiece
 import typer
 from rich.console import Console
-from sentencepiece import sentencepiece_model_pb2
+from sentencepiece import sentencepiece_model_pb2 as _pb2
 
 TEXT_PIECES = 990
 TAGS = ("[Text]", "[Speech]")
@@ -25,7 +25,7 @@ SEPARATOR = " | "  # between what was heard and what is answered
 DEFAULT_OUT = Path("checkpoints/nano/spiritlm_model/spirit-lm-nano")
 
 _SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-_CONFIG = {
+_CONFIG: dict[str, Any] = {
     "add_bos_token": True,
     "add_eos_token": False,
     **_SPECIAL,
@@ -99,9 +99,10 @@ def train(texts: Iterable[str], text_pieces: int = TEXT_PIECES) -> bytes:
 
 def with_speech_tokens(model: bytes) -> bytes:
     """``model`` with all speech tokens as user-defined pieces after the text pieces."""
-    proto = sentencepiece_model_pb2.ModelProto()
+    model_proto: Any = _pb2.ModelProto  # type: ignore[attr-defined]  # made at run time
+    proto = model_proto()
     proto.ParseFromString(model)
-    piece_type = sentencepiece_model_pb2.ModelProto.SentencePiece.Type
+    piece_type = model_proto.SentencePiece.Type
     kept = [p for p in proto.pieces if p.type != piece_type.USER_DEFINED]
     pieces = [(p.piece, p.score, p.type) for p in kept]
     pieces += [(token, 0.0, piece_type.USER_DEFINED) for token in speech_tokens()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +208,7 @@ def test_interleaving_keeps_every_word_once(streams: lm_data.Streams, seed: int)
     recording = streams._with_words[rng.integers(len(streams._with_words))]
     spans = [(tag, text) for (tag, _), (text, _) in zip(parts[::2], parts[1::2], strict=False)]
     assert all(tag in ("[Text]", "[Speech]") for tag, _ in spans)
-    assert all(a != b for (a, _), (b, _) in zip(spans, spans[1:], strict=False))
+    assert all(a != b for (a, _), (b, _) in pairwise(spans))
     written = " ".join(text for tag, text in spans if tag == "[Text]").split()
     words = [w.lower() for w, _, _ in recording.words or []]
     assert written == [w for w in words if w in written]

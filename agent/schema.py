@@ -1,0 +1,247 @@
+"""What can be set.
+
+Every key is known here and described, with its unit; :mod:`agent.config` reads files into it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from stages.vad import VadSettings
+
+if TYPE_CHECKING:  # both import torch, which `--help` should not wait for
+    from stages.checkpoint import Layout
+    from stages.lm import Sampling
+
+
+class Section(BaseModel):
+    """A group of settings. Unknown keys are refused, values cannot be changed afterwards."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """Which checkpoint, and on what it runs."""
+
+    root: str | None = Field(
+        default=None,
+        description="folder with speech_tokenizer/ and spiritlm_model/; null looks into "
+        "$SPIRITLM_CHECKPOINTS_DIR for the model named in lm, or takes the nano that comes with "
+        "this program when lm is null too",
+    )
+    lm: str | None = Field(
+        default=None, description="folder under spiritlm_model/; null when there is only one"
+    )
+    version: Literal["base", "expressive"] | None = Field(
+        default=None,
+        description="which kind of units the model speaks; null reads it off the checkpoint",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="where models run; auto takes CUDA where there is one"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="of the language model; auto is bfloat16 on CUDA, float32 on a CPU",
+    )
+    runtime: Literal["onnx", "torch"] = Field(
+        default="onnx",
+        description="what runs the encoders: exported graphs on ONNX Runtime, or PyTorch",
+    )
+
+    def layout(self) -> Layout:
+        """Where the parts of the checkpoint lie.
+
+        Raises:
+            CheckpointError: there is no such checkpoint.
+        """
+        from stages.checkpoint import find_layout
+        from stages.models import find_model
+
+        if self.root is not None:
+            return find_layout(self.root, self.lm, self.version)
+        return find_model(self.lm or "nano", self.version)
+
+
+class VadConfig(Section):
+    """When somebody speaks. The fields are those of :class:`stages.vad.VadSettings`."""
+
+    aggressiveness: int = Field(
+        default=2,
+        ge=0,
+        le=3,
+        description="of WebRTC's detector: 0 hears speech in most, 3 in least",
+    )
+    frame_ms: Literal[10, 20, 30] = Field(default=20, description="length of one vote, ms")
+    window_ms: int = Field(default=160, ge=10, description="votes looked at together, ms")
+    on_share: float = Field(
+        default=0.6,
+        gt=0,
+        le=1,
+        description="speech begins at this share of voiced frames in the window",
+    )
+    off_share: float = Field(
+        default=0.3, gt=0, le=1, description="silence begins under this share of voiced frames"
+    )
+    pre_roll_ms: int = Field(
+        default=300, ge=0, description="audio kept from before speech began, ms"
+    )
+    min_speech_ms: int = Field(
+        default=160, ge=0, description="less voiced audio is no utterance, ms"
+    )
+    hangover_ms: int = Field(default=600, ge=0, description="silence that ends an utterance, ms")
+    trailing_ms: int = Field(
+        default=200, ge=0, description="how much of that silence still counts as audio, ms"
+    )
+    max_utterance_ms: int = Field(
+        default=30_000, ge=500, description="an utterance is cut here, ms"
+    )
+    energy_floor_dbfs: float = Field(
+        default=-55.0, ge=-120, le=0, description="frames below this level are silence, dBFS (RMS)"
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> VadConfig:
+        self.settings()
+        return self
+
+    def settings(self) -> VadSettings:
+        """For the detector."""
+        return VadSettings(**self.model_dump())
+
+
+class SamplingConfig(Section):
+    """How a token is chosen."""
+
+    temperature: float = Field(
+        default=0.9, gt=0, le=10, description="divides the logits; 1 changes none"
+    )
+    top_p: float = Field(
+        default=0.95, gt=0, le=1, description="likeliest tokens up to this probability; 1 keeps all"
+    )
+    top_k: int = Field(default=0, ge=0, description="this many likeliest tokens; 0 keeps all")
+    seed: int | None = Field(
+        default=None, ge=0, description="makes replies repeatable; null draws afresh each time"
+    )
+    greedy: bool = Field(default=False, description="take the likeliest token; the rest is ignored")
+
+    def sampling(self) -> Sampling:
+        """For the language model."""
+        from stages.lm import Sampling
+
+        return Sampling(**self.model_dump())
+
+
+class SamplingSections(Section):
+    """Words and sounds are chosen differently: a wrong word costs more."""
+
+    text: SamplingConfig = Field(default=SamplingConfig(), description="for text tokens")
+    speech: SamplingConfig = Field(default=SamplingConfig(), description="for speech units")
+
+
+class ReplyConfig(Section):
+    """The form of a reply, and when to stop."""
+
+    mode: Literal["text-then-speech", "speech", "any"] = Field(
+        default="text-then-speech",
+        description="text-then-speech plans words and speaks them (nano); speech continues in "
+        "units, any in what the model likes (models that were not trained on dialogue)",
+    )
+    separator: str = Field(
+        default=" | ",
+        description="between transcript and reply in text-then-speech; empty for none",
+    )
+    max_text_tokens: int = Field(
+        default=160, ge=1, le=4096, description="limit of text in a reply, tokens"
+    )
+    max_seconds: float = Field(
+        default=20.0, gt=0, le=600, description="limit of sound in a reply, s"
+    )
+    trailing_silence_s: float = Field(
+        default=1.0,
+        gt=0,
+        le=60,
+        description="silence at the end of a reply after which it is over, s",
+    )
+    context_tokens: int = Field(
+        default=1600, ge=64, description="past conversation that is remembered, tokens"
+    )
+    reserve_tokens: int = Field(
+        default=1024, ge=1, description="room kept for the next request and its reply, tokens"
+    )
+
+
+class VocoderConfig(Section):
+    """The voice."""
+
+    speaker: int | None = Field(
+        default=None, ge=0, description="number of the voice; null takes the checkpoint's default"
+    )
+    style: int | None = Field(
+        default=None, ge=0, description="number of the style, Base only; null takes the default"
+    )
+    first_chunk_frames: int = Field(
+        default=4, ge=1, description="length of the first sound, frames of 40 ms; smaller is sooner"
+    )
+    max_chunk_frames: int = Field(
+        default=32, ge=1, description="chunks double up to this length, frames of 40 ms"
+    )
+    lookahead_frames: int | None = Field(
+        default=None,
+        ge=0,
+        description="frames of 40 ms that must be known after a chunk; null for as many as make "
+        "it exact, fewer is sooner and approximate",
+    )
+
+    @model_validator(mode="after")
+    def _growing(self) -> VocoderConfig:
+        if self.max_chunk_frames < self.first_chunk_frames:
+            raise ValueError(
+                f"max_chunk_frames is {self.max_chunk_frames}, expected at least "
+                f"first_chunk_frames ({self.first_chunk_frames})"
+            )
+        return self
+
+
+class ChannelsConfig(Section):
+    """Capacities of the channels between stages; a full one makes its producer wait."""
+
+    speech: int = Field(default=256, ge=1, description="VAD to encoder, VAD frames")
+    units: int = Field(default=64, ge=1, description="encoder to language model, batches of units")
+    reply: int = Field(default=128, ge=1, description="language model to vocoder, units")
+    events: int = Field(default=256, ge=1, description="to whoever listens, events")
+
+
+class ThreadsConfig(Section):
+    """CPU threads inside a computation; 0 leaves it to the library."""
+
+    encoder: int = Field(default=1, ge=0, le=256, description="threads of each encoder graph")
+    lm: int = Field(default=1, ge=0, le=256, description="threads of the language model (PyTorch)")
+    vocoder: int = Field(default=1, ge=0, le=256, description="threads of the vocoder")
+
+
+class AudioConfig(Section):
+    """Audio from outside."""
+
+    max_seconds: float = Field(default=3600.0, gt=0, description="longer files are refused, s")
+    chunk_ms: int = Field(default=20, ge=1, le=1000, description="audio handed on at a time, ms")
+
+
+class Config(Section):
+    """Everything that can be set."""
+
+    model: ModelConfig = Field(
+        default=ModelConfig(), description="which checkpoint, and where it runs"
+    )
+    vad: VadConfig = Field(default=VadConfig(), description="when somebody speaks")
+    sampling: SamplingSections = Field(
+        default=SamplingSections(), description="how tokens are chosen"
+    )
+    reply: ReplyConfig = Field(default=ReplyConfig(), description="form and limits of a reply")
+    vocoder: VocoderConfig = Field(default=VocoderConfig(), description="the voice")
+    channels: ChannelsConfig = Field(
+        default=ChannelsConfig(), description="capacities between stages"
+    )
+    threads: ThreadsConfig = Field(default=ThreadsConfig(), description="CPU threads")
+    audio: AudioConfig = Field(default=AudioConfig(), description="audio from outside")

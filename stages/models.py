@@ -30,7 +30,7 @@ def find_model(name_or_path: str | Path = "nano", version: str | None = None) ->
     if path.is_dir() and path.absolute().parent.name == "spiritlm_model":
         return find_layout(path.absolute().parents[1], lm=path.absolute().name, version=version)
     root = os.environ.get(CHECKPOINTS_VARIABLE)
-    if root and (Path(root) / "spiritlm_model" / name).is_dir():
+    if root and path.name == name and (Path(root) / "spiritlm_model" / name).is_dir():
         return find_layout(root, lm=name, version=version)
     if name == "nano":
         return find_layout(_shipped("nano"), version=version)

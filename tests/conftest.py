@@ -58,3 +58,24 @@ def lm_folder(kit: Path) -> Callable[[str], Path]:
         return found[0]
 
     return find
+
+
+_LM_CASES = {"lm_run": ("runs", ""), "lm_inputs": ("runs", "inputs"), "lm_decode": ("decode", "")}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test for each case of ``lm_*.json``: a pair of version and case.
+
+    ``lm_run`` are greedy generations, ``lm_inputs`` those of them that start from text and clips,
+    ``lm_decode`` the reading of constructed generations.
+    """
+    for fixture, (section, key) in _LM_CASES.items():
+        if fixture in metafunc.fixturenames:
+            cases = []
+            for path in sorted((kit_folder() / "expected").glob("lm_*.json")):
+                version = path.stem.removeprefix("lm_")
+                for case in json.loads(path.read_text(encoding="utf-8"))[section]:
+                    if not key or key in case:
+                        cases.append(pytest.param((version, case), id=f"{version}-{case['name']}"))
+            # Without a kit one test is left, which asks for it and so skips or fails.
+            metafunc.parametrize(fixture, cases or [pytest.param(("", {}), id="no-kit")])

@@ -23,9 +23,14 @@ TOKENS = st.builds("[{}{}]".format, st.sampled_from(["Hu", "Pi", "St"]), st.inte
 MIXED = st.lists(WORDS | TOKENS | st.sampled_from(["[Text]", "[Speech]", "<s>", "</s>", "[Hu1"]))
 
 
-@pytest.fixture(scope="module", params=["base", "expressive"])
-def tokenizer(request: pytest.FixtureRequest, lm_folder: Callable[[str], Path]) -> Tokenizer:
-    return Tokenizer.load(lm_folder(request.param))
+NANO = Path(__file__).parents[2] / "checkpoints" / "nano" / "spiritlm_model" / "spirit-lm-nano"
+
+
+@pytest.fixture(scope="module", params=["base", "expressive", "nano"])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    if request.param == "nano":
+        return Tokenizer.load(NANO)
+    return Tokenizer.load(request.getfixturevalue("lm_folder")(request.param))
 
 
 @shared

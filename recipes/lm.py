@@ -5,8 +5,8 @@ of them. The state is saved every two minutes; a run that was interrupted goes o
 with another mix. The log tells the losses by kind of token, and every five minutes what matters:
 how well held-out requests are transcribed and how many are answered rightly.
 
-With ``--phones`` the model trains on stand-in units made from the aligned phones; a later run
-without it starts from what that one learnt (see lm_phones.py).
+The model first trains on stand-in units made from the aligned phones, which needs no ears yet
+(``--phones`` does only that), and then goes over to the real ones (see lm_phones.py).
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
@@ -30,27 +29,16 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 from recipes import domain
-from recipes.lm_data import (
-    DEFAULT_MIX,
-    KINDS,
-    REPLY_VOICE,
-    WEIGHTS,
-    Corpus,
-    Recording,
-    Streams,
-    Vocabulary,
-    load_corpus,
-    load_units,
-)
+from recipes.lm_corpus import Corpus, Vocabulary, load_corpus, load_units
+from recipes.lm_data import DEFAULT_MIX, KINDS, WEIGHTS, Streams
+from recipes.lm_measure import heldout_requests, measure
 from recipes.lm_model import TrainableLlama
 from recipes.lm_phones import phone_units, transfer
 from recipes.text_tokenizer import DEFAULT_OUT, read_jsonl
-from stages.lm import LanguageModel, Sampling
 
 SAVE_SECONDS, MEASURE_SECONDS, LOG_SECONDS = 120.0, 300.0, 20.0
 ROW_MULTIPLE = 64  # rows of the embedding; those past the last piece are padding
-MEASURED = 40  # held-out requests
-LONGEST_ANSWER = 70  # tokens of text
+START_MIX = {"phrase": 0.35, "asr": 0.2, "dialog_text": 0.25, "dialog": 0.1, "tts": 0.1}
 
 
 @dataclass(frozen=True)
@@ -180,63 +168,16 @@ def write_model(model: TrainableLlama, tokenizer: Path, out: Path) -> None:
             shutil.copy2(tokenizer / name, out / name)
 
 
-# --------------------------------------------------------------------------- what has been learnt
-
-
-def heldout_requests(corpus: Corpus, count: int = MEASURED) -> list[Recording]:
-    """A fixed choice of held-out requests in every voice but that of the replies."""
-    others = [r for r in corpus.requests if r.voice != REPLY_VOICE]
-    order = np.random.default_rng(1).permutation(len(others))
-    return [others[i] for i in order[:count]]
-
-
-def listen(lm: LanguageModel, vocabulary: Vocabulary, recording: Recording) -> tuple[str, str]:
-    """What the model hears and what it wants to answer, both greedily, as text."""
-    lm.reset()
-    lm.append([vocabulary.bos, vocabulary.boundary, vocabulary.speech_tag])
-    lm.append([*recording.ids.tolist(), vocabulary.text_tag])
-    ids: list[int] = []
-    while len(ids) < LONGEST_ANSWER:
-        ids.append(lm.decode(Sampling(greedy=True)))
-        if ids[-1] in (vocabulary.speech_tag, vocabulary.eos):
-            break
-    heard, _, answer = vocabulary.processor.DecodeIds(ids[:-1]).partition("|")
-    return heard.strip(), answer.strip()
-
-
-def measure(
-    folder: Path, vocabulary: Vocabulary, requests: Sequence[Recording], world: domain.Domain
-) -> dict[str, Any]:
-    """Transcription word error rate and rate of right replies (as text) on ``requests``."""
-    import jiwer
-
-    lm = LanguageModel.load(folder)
-    results = [listen(lm, vocabulary, r) for r in requests]
-    right = 0
-    for recording, (_, answer) in zip(requests, results, strict=True):
-        wanted = world.by_transcript[recording.transcript]
-        right += world.is_right(wanted.intent, dict(wanted.slots), answer)
-    heard = [h or "-" for h, _ in results]
-    return {
-        "wer": round(float(jiwer.wer([r.transcript for r in requests], heard)), 4),
-        "right": round(right / len(requests), 4),
-        "examples": [
-            f"{r.transcript} -> {h} | {a}"
-            for r, (h, a) in zip(requests[:6], results[:6], strict=True)
-        ],
-    }
-
-
 # ------------------------------------------------------------------------------------- the run
 
 
 class Log:
     """Losses by kind, to the console and to ``log.jsonl``."""
 
-    def __init__(self, path: Path, console: Console) -> None:
+    def __init__(self, path: Path, console: Console, tokens: int = 0) -> None:
         self.path, self.console = path, console
         self.sums, self.counts = torch.zeros(len(KINDS)), torch.zeros(len(KINDS))
-        self.since, self.tokens = time.monotonic(), 0
+        self.since, self.tokens = time.monotonic(), tokens
 
     def add(self, sums: Tensor, counts: Tensor) -> None:
         self.sums += sums
@@ -303,62 +244,84 @@ def main(
     minutes: Annotated[
         float, typer.Option(help="Minutes of training, resumed ones included.")
     ] = 55,
+    start_minutes: Annotated[
+        float, typer.Option(help="Minutes on stand-in units before, resumed ones included.")
+    ] = 20,
+    phones: Annotated[
+        bool, typer.Option(help="Only the start on stand-in units; real ones need not exist.")
+    ] = False,
     mix: Annotated[str, typer.Option(help="Shares of turns to change: dialog=0.4,asr=0.2")] = "",
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
     rate: Annotated[float, typer.Option(help="Highest learning rate.")] = Settings.rate,
     noise: Annotated[float, typer.Option(help="Highest rate of replaced units.")] = Settings.noise,
     seed: Annotated[int, typer.Option(help="Seed of weights and streams.")] = 0,
-    fresh: Annotated[bool, typer.Option(help="Start anew, whatever is in work/lm.")] = False,
-    phones: Annotated[bool, typer.Option(help="Train on stand-in units, as a start.")] = False,
 ) -> None:
     """Train nano's language model; resumes where an earlier run stopped."""
     torch.set_num_threads(threads)
-    console = Console()
     settings = Settings(rate=rate, noise=noise, seed=seed, mix=parse_mix(mix))
-    folder = work / ("lm_phones" if phones else "lm")
-    folder.mkdir(parents=True, exist_ok=True)
     vocabulary = Vocabulary(out / "tokenizer.model")
-    units = stand_in_units(work) if phones else load_units(work)
+    stand_ins = stand_in_units(work)
+    start = work / "lm_phones"
+    if phones or not (work / "lm" / "state.pt").is_file():
+        early = settings if mix else replace(settings, mix=dict(START_MIX))
+        train(early, vocabulary, stand_ins, work, start, start_minutes, out)
+    if phones:
+        return
+    units = load_units(work)
+
+    def begin(trainer: Trainer) -> None:
+        """Take over the weights learnt on stand-ins, not the optimiser nor the clock."""
+        trainer.model.load_state_dict(torch.load(start / "state.pt", weights_only=True)["model"])
+        transfer(
+            trainer.model.get_parameter("model.embed_tokens.weight"),
+            vocabulary.phonetic,
+            {name: row["hu"] for name, row in stand_ins.items()},
+            {name: row["hu"] for name, row in units.items()},
+        )
+
+    trainer, corpus = train(settings, vocabulary, units, work, work / "lm", minutes, out, begin)
+    write_model(trainer.model, out, out)
+    requests = heldout_requests(corpus, len(corpus.requests))
+    final = measure(out, vocabulary, requests, domain.build())
+    Log(work / "lm" / "log.jsonl", Console()).record({"heldout_requests": len(requests), **final})
+
+
+def train(
+    settings: Settings,
+    vocabulary: Vocabulary,
+    units: Mapping[str, Mapping[str, Any]],
+    work: Path,
+    folder: Path,
+    minutes: float,
+    tokenizer: Path,
+    begin: Callable[[Trainer], None] | None = None,
+) -> tuple[Trainer, Corpus]:
+    """Train on ``units`` for ``minutes``, with state and log in ``folder``.
+
+    Args:
+        begin: prepares a trainer that has no state to resume from.
+
+    Returns:
+        The trainer and the held-out part of the corpus.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     corpora = load_corpus(work, vocabulary, units)
     streams = Streams(corpora["train"], vocabulary, settings.mix, settings.noise, settings.seed)
     trainer = Trainer(settings, vocabulary, streams)
-    state, start = folder / "state.pt", work / "lm_phones" / "state.pt"
-    if state.is_file() and not fresh:
-        trainer.resume(state)
-    elif start.is_file() and not phones:
-        start_from(trainer, start, vocabulary, stand_in_units(work), units)
-    log = Log(folder / "log.jsonl", console)
+    if (folder / "state.pt").is_file():
+        trainer.resume(folder / "state.pt")
+    elif begin is not None:
+        begin(trainer)
+    log = Log(folder / "log.jsonl", Console(), trainer.tokens)
     log.record({"pid": os.getpid(), "from_step": trainer.step, **asdict(settings)})
-    run(trainer, minutes, folder, out, corpora["heldout"], log)
-    if phones:
-        return
-    write_model(trainer.model, out, out)
-    everything = heldout_requests(corpora["heldout"], len(corpora["heldout"].requests))
-    log.record({"final": measure(out, vocabulary, everything, domain.build())})
-    console.print(f"{out}: {trainer.tokens / 1e6:.1f} M tokens in {trainer.seconds / 60:.0f} min")
+    run(trainer, minutes, folder, tokenizer, corpora["heldout"], log)
+    return trainer, corpora["heldout"]
 
 
 def stand_in_units(work: Path) -> dict[str, dict[str, Any]]:
     """Stand-in units of every recording whose phones are known."""
     rows = read_jsonl(work / "corpus" / "manifest.jsonl")
     return {row["id"]: phone_units(row) for row in rows if row["phones"]}
-
-
-def start_from(
-    trainer: Trainer,
-    path: Path,
-    vocabulary: Vocabulary,
-    stand_ins: dict[str, dict[str, Any]],
-    units: dict[str, dict[str, Any]],
-) -> None:
-    """Take over the weights learnt on stand-ins, not the optimiser nor the clock."""
-    trainer.model.load_state_dict(torch.load(path, weights_only=True)["model"])
-    transfer(
-        trainer.model.get_parameter("model.embed_tokens.weight"),
-        vocabulary.phonetic,
-        {name: row["hu"] for name, row in stand_ins.items()},
-        {name: row["hu"] for name, row in units.items()},
-    )
 
 
 def parse_mix(text: str) -> dict[str, float]:

@@ -8,6 +8,7 @@ weight in the loss and the losses in the log follow.
     dialog_text  the same without the spoken reply: more requests in the same time
     typed        [Text]{transcript} | {reply}[Speech]{reply spoken}</s>
     asr          [Speech]{anything}[Text]{transcript} |
+    phrase       the same of one to four words: these teach where to look
     tts          [Text]{sentence}[Speech]{spoken in the reply voice}</s>
     interleaved  [Text]{words}[Speech]{the next words}[Text]... switching at random word boundaries
     speech       [Speech]{a reply or sentence in the reply voice}</s>
@@ -16,174 +17,31 @@ weight in the loss and the losses in the log follow.
 from __future__ import annotations
 
 import bisect
-from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sentencepiece
 
-from recipes.text_tokenizer import SEPARATOR, read_jsonl
-from stages.units import Units, interleave
-
-SAMPLE_RATE = 16_000
-REPLY_VOICE = "heart"
-NEUTRAL = 0
+from recipes.lm_corpus import REPLY_VOICE, Corpus, Recording, Vocabulary
+from recipes.text_tokenizer import SEPARATOR
+from stages import SAMPLE_RATE
 
 KINDS = ("masked", "request_units", "transcript", "reply_text", "reply_units", "other")
 MASKED, REQUEST_UNITS, TRANSCRIPT, REPLY_TEXT, REPLY_UNITS, OTHER = range(len(KINDS))
 WEIGHTS = (0.0, 0.3, 1.0, 1.0, 1.0, 0.5)
 
 DEFAULT_MIX = {
-    "dialog": 0.34,
-    "dialog_text": 0.26,
+    "dialog": 0.32,
+    "dialog_text": 0.23,
     "asr": 0.10,
+    "phrase": 0.05,
     "tts": 0.12,
     "typed": 0.08,
     "interleaved": 0.07,
     "speech": 0.03,
 }
 Part = tuple[np.ndarray, int]  # ids and their kind
-
-
-class Vocabulary:
-    """Ids by name, from a ``tokenizer.model`` in the official form."""
-
-    def __init__(self, path: Path) -> None:
-        self.processor = sentencepiece.SentencePieceProcessor(str(path))
-        self.bos, self.eos = self.processor.bos_id(), self.processor.eos_id()
-        self.boundary = self.processor.PieceToId("▁")
-        self.text_tag, self.speech_tag = self.id("[Text]"), self.id("[Speech]")
-        self._units: dict[str, np.ndarray] = {}
-        for kind, count in (("Hu", 501), ("Pi", 64), ("St", 100)):
-            ids = [self.id(f"[{kind}{i}]") for i in range(count)]
-            self._units[kind] = np.array(ids, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self.processor)
-
-    def id(self, name: str) -> int:
-        """The id of a piece. Raises ValueError when there is none of that name."""
-        found = self.processor.PieceToId(name)
-        if found == self.processor.unk_id():
-            raise ValueError(f"the tokenizer has no piece {name!r}")
-        return int(found)
-
-    def text(self, text: str) -> np.ndarray:
-        """Ids of ``text`` as it stands after a tag: without a word boundary of its own."""
-        ids = self.processor.EncodeAsIds("[Text]" + text)
-        return np.array(ids[ids.index(self.text_tag) + 1 :], dtype=np.int64)
-
-    def unit(self, kind: str, index: int) -> int:
-        """Id of the unit ``kind`` ("Hu", "Pi", "St") number ``index``."""
-        return int(self._units[kind][index])
-
-    @property
-    def phonetic(self) -> np.ndarray:
-        """Ids of all phonetic units, by unit number."""
-        return self._units["Hu"]
-
-
-@dataclass(frozen=True)
-class Recording:
-    """One recording as interleaved unit tokens; ``starts`` are their samples on its clock."""
-
-    id: str
-    role: str
-    voice: str
-    style: int
-    text: str
-    transcript: str
-    ids: np.ndarray
-    starts: np.ndarray
-    words: list[tuple[str, float, float]] | None
-
-
-@dataclass
-class Corpus:
-    """One split of the recordings with their units, and which request may have which reply."""
-
-    requests: list[Recording] = field(default_factory=list)
-    replies: dict[str, list[Recording]] = field(default_factory=lambda: defaultdict(list))
-    sentences: list[Recording] = field(default_factory=list)
-    answers: dict[str, list[tuple[str, int]]] = field(default_factory=lambda: defaultdict(list))
-
-    @property
-    def recordings(self) -> list[Recording]:
-        return [*self.requests, *self.sentences, *(r for rs in self.replies.values() for r in rs)]
-
-
-def load_units(work: Path) -> dict[str, dict[str, Any]]:
-    """Units of every recording by its id: ``hu`` (25 Hz), ``pi`` (12.5 Hz), ``st`` (1 Hz).
-
-    Raises:
-        FileNotFoundError: a recipe has not been run yet.
-    """
-    units = {row["id"]: row for row in read_jsonl(work / "units" / "units.jsonl")}
-    for name in ("pitch", "style"):
-        for row in read_jsonl(work / "units" / f"{name}.jsonl"):
-            if row["id"] in units:
-                units[row["id"]].update(row)
-    return units
-
-
-def load_corpus(
-    work: Path, vocabulary: Vocabulary, units: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Corpus]:
-    """Read the corpus from ``work``; replies belong to both splits, being few and fixed.
-
-    Args:
-        units: as :func:`load_units` gives them; recordings without units are left out.
-
-    Returns:
-        ``{"train": ..., "heldout": ...}``.
-
-    Raises:
-        FileNotFoundError: a recipe has not been run yet.
-        ValueError: no recording has units.
-    """
-    corpora = {"train": Corpus(), "heldout": Corpus()}
-    for row in read_jsonl(work / "corpus" / "manifest.jsonl"):
-        if row["id"] not in units:
-            continue
-        recording = _recording(row, units[row["id"]], vocabulary)
-        corpus = corpora[row["split"]]
-        if recording.role == "request":
-            corpus.requests.append(recording)
-        elif recording.role == "book":
-            corpus.sentences.append(recording)
-        else:
-            for either in corpora.values():
-                either.replies[recording.text].append(recording)
-    for row in read_jsonl(work / "corpus" / "dialogs.jsonl"):
-        reply = (row["reply_text"], row["reply_style"])
-        corpora[row["split"]].answers[row["request_text"]].append(reply)
-    for corpus in corpora.values():
-        corpus.requests = [r for r in corpus.requests if r.text in corpus.answers]
-    if not corpora["train"].requests:
-        raise ValueError(f"{work}: no request of the corpus has units; run the units recipe")
-    return corpora
-
-
-def _recording(
-    row: Mapping[str, Any], units: Mapping[str, Any], vocabulary: Vocabulary
-) -> Recording:
-    frames = interleave(Units(units["hu"], units.get("pi") or None, units.get("st") or None))
-    words = row.get("words")
-    return Recording(
-        id=row["id"],
-        role=row["role"],
-        voice=row["voice"],
-        style=row["style"],
-        text=row["text"],
-        transcript=row["transcript"],
-        ids=np.array([vocabulary.unit(f.kind, f.index) for f in frames], dtype=np.int64),
-        starts=np.array([f.sample for f in frames], dtype=np.int64),
-        words=[(w, a, b) for w, a, b in words] if words else None,
-    )
 
 
 class Streams:
@@ -257,6 +115,25 @@ class Streams:
         recording = _pick(rng, self._any)
         ending = (self._separator, TRANSCRIPT)
         return [*self._heard(rng, recording), self._written(recording), ending, self._masked_end]
+
+    def _phrase(self, rng: np.random.Generator) -> list[Part]:
+        recording, v = _pick(rng, self._with_words), self.vocabulary
+        words = recording.words or []
+        count = min(len(words), int(rng.integers(1, 5)))
+        a = int(rng.integers(len(words) - count + 1))
+        first, last = self._between(recording, a, a + count)
+        ids = recording.ids[first:last]
+        if first > 0:  # speech always begins with its style
+            ids = np.concatenate((recording.ids[:1], ids))
+        text = " ".join(w for w, _, _ in words[a : a + count]).lower()
+        return [
+            (_ids(v.speech_tag), MASKED),
+            (ids, MASKED),
+            (_ids(v.text_tag), MASKED),
+            (v.text(text), TRANSCRIPT),
+            (self._separator, TRANSCRIPT),
+            self._masked_end,
+        ]
 
     def _tts(self, rng: np.random.Generator) -> list[Part]:
         recording, v = _pick(rng, self._spoken), self.vocabulary

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 import typer
 
-from recipes import lm, lm_data, text_tokenizer
+from recipes import lm, lm_corpus, lm_data, text_tokenizer
 from recipes.lm_data import DEFAULT_MIX, KINDS, MASKED, REPLY_TEXT, REPLY_UNITS, TRANSCRIPT
 from recipes.lm_model import BlockAttention, TrainableLlama
 from recipes.lm_phones import phone_units, transfer
@@ -94,17 +94,19 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def vocabulary(work: Path) -> lm_data.Vocabulary:
-    return lm_data.Vocabulary(work / "model" / "tokenizer.model")
+def vocabulary(work: Path) -> lm_corpus.Vocabulary:
+    return lm_corpus.Vocabulary(work / "model" / "tokenizer.model")
 
 
 @pytest.fixture(scope="module")
-def corpora(work: Path, vocabulary: lm_data.Vocabulary) -> dict[str, lm_data.Corpus]:
-    return lm_data.load_corpus(work, vocabulary, lm_data.load_units(work))
+def corpora(work: Path, vocabulary: lm_corpus.Vocabulary) -> dict[str, lm_corpus.Corpus]:
+    return lm_corpus.load_corpus(work, vocabulary, lm_corpus.load_units(work))
 
 
 @pytest.fixture
-def streams(corpora: dict[str, lm_data.Corpus], vocabulary: lm_data.Vocabulary) -> lm_data.Streams:
+def streams(
+    corpora: dict[str, lm_corpus.Corpus], vocabulary: lm_corpus.Vocabulary
+) -> lm_data.Streams:
     return lm_data.Streams(corpora["train"], vocabulary, noise=0.0)
 
 
@@ -135,7 +137,7 @@ def test_nothing_is_lost_in_the_tokenizer(work: Path, text: str) -> None:
     assert ids[0] == 1 and tokenizer.decode(ids) == text
 
 
-def test_the_separator_is_one_piece(vocabulary: lm_data.Vocabulary) -> None:
+def test_the_separator_is_one_piece(vocabulary: lm_corpus.Vocabulary) -> None:
     heard = vocabulary.text("what time is it")
     both = vocabulary.text("what time is it | It is noon.")
     assert both[: len(heard)].tolist() == heard.tolist()
@@ -215,7 +217,7 @@ def test_interleaving_keeps_every_word_once(streams: lm_data.Streams, seed: int)
 
 
 def test_noise_changes_only_phonetic_units(
-    corpora: dict[str, lm_data.Corpus], vocabulary: lm_data.Vocabulary
+    corpora: dict[str, lm_corpus.Corpus], vocabulary: lm_corpus.Vocabulary
 ) -> None:
     streams = lm_data.Streams(corpora["train"], vocabulary, noise=0.9)
     ids = corpora["train"].requests[0].ids
@@ -228,7 +230,7 @@ def test_noise_changes_only_phonetic_units(
 
 
 def test_heldout_requests_are_never_trained(
-    corpora: dict[str, lm_data.Corpus], streams: lm_data.Streams
+    corpora: dict[str, lm_corpus.Corpus], streams: lm_data.Streams
 ) -> None:
     assert [r.text for r in corpora["heldout"].requests] == [HELDOUT]
     assert HELDOUT not in {r.text for r in streams._any}
@@ -245,7 +247,7 @@ def test_the_mix_is_checked() -> None:
 
 def test_missing_recipes_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="run the recipes that come before"):
-        lm_data.load_units(tmp_path)
+        lm_corpus.load_units(tmp_path)
 
 
 # ---------------------------------------------------------------------------------- the network
@@ -272,7 +274,7 @@ SMALL = lm.Settings(
 
 
 @pytest.fixture
-def trainer(vocabulary: lm_data.Vocabulary, streams: lm_data.Streams) -> lm.Trainer:
+def trainer(vocabulary: lm_corpus.Vocabulary, streams: lm_data.Streams) -> lm.Trainer:
     return lm.Trainer(SMALL, vocabulary, streams)
 
 
@@ -294,7 +296,7 @@ def test_what_was_trained_is_what_runs(trainer: lm.Trainer, work: Path, tmp_path
 
 def test_a_resumed_run_goes_on_as_if_never_stopped(
     trainer: lm.Trainer,
-    vocabulary: lm_data.Vocabulary,
+    vocabulary: lm_corpus.Vocabulary,
     streams: lm_data.Streams,
     tmp_path: Path,
 ) -> None:

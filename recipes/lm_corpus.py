@@ -1,4 +1,4 @@
-"""The corpus as the language model sees it: recordings as token ids, requests with their replies."""
+"""The corpus as the language model sees it: recordings as ids, requests with their replies."""
 
 from __future__ import annotations
 

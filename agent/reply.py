@@ -10,7 +10,7 @@ that only continues gets ``speech`` (units right after the request's) or ``any``
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from agent.config import ReplyConfig
@@ -62,7 +62,9 @@ class Dialogue:
         config: ReplyConfig,
         text_sampling: Sampling,
         speech_sampling: Sampling,
+        unspeakable: Iterable[int] = (),
     ) -> None:
+        """``unspeakable``: ids of units that are never to be sampled."""
         self._lm = lm
         self._tokenizer = tokenizer
         self._config = config
@@ -73,6 +75,9 @@ class Dialogue:
             Modality.SPEECH: tokenizer.mask(Modality.SPEECH),
             Modality.ANY: tokenizer.mask(Modality.ANY),
         }
+        banned = list(unspeakable)
+        for mask in self._masks.values():
+            mask[banned] = False
         self._kinds = frozenset(tokenizer.kinds)
         self._starts: list[int] = []  # where each turn begins in the cache
         self._units_from = 0  # where the request's units begin

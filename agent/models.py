@@ -1,0 +1,152 @@
+"""The models of one configuration, loaded once and shared by sessions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from agent.config import Config
+from agent.errors import UserError
+from agent.graphs import Progress, graphs
+from agent.reply import Dialogue
+from stages.checkpoint import CheckpointError, Layout
+from stages.encoder import SpeechTokenizer, UnitEncoder
+from stages.lm import LanguageModel
+from stages.phonetic import PhoneticEncoder
+from stages.pitch import PitchEncoder
+from stages.runtime import Graph
+from stages.style import StyleEncoder
+from stages.text import Tokenizer
+from stages.units import HUBERT, PITCH, STYLE
+from stages.vad import VoiceActivityDetector
+from stages.vocoder import Vocoder
+from stages.vocoder_stream import StreamingVocoder
+
+_ENCODER_GRAPHS = ("phonetic", "f0", "pitch", "style")
+_VOCODER_GRAPHS = ("vocoder", "durations")
+
+
+class Models:
+    """What a configuration names, in memory. The methods give stages with a state of their own."""
+
+    def __init__(
+        self,
+        config: Config,
+        layout: Layout,
+        tokenizer: Tokenizer,
+        speech_tokenizer: SpeechTokenizer,
+        lm: LanguageModel,
+        vocoder: Vocoder,
+    ) -> None:
+        self.config = config
+        self.layout = layout
+        self.tokenizer = tokenizer
+        self.speech_tokenizer = speech_tokenizer
+        self.lm = lm
+        self._vocoder = vocoder
+        if tokenizer.vocab_size != lm.vocab_size:
+            raise CheckpointError(
+                f"{layout.lm}: the tokenizer counts {tokenizer.vocab_size} rows, the model "
+                f"{lm.vocab_size}"
+            )
+
+    @classmethod
+    def load(cls, config: Config, progress: Progress | None = None) -> Models:
+        """Load everything; graphs that are not in the cache yet are exported first.
+
+        Raises:
+            CheckpointError: a file is missing, damaged or at odds with its configuration.
+            UserError: the device asked for is not there.
+        """
+        layout = config.model.layout()
+        device = torch_device(config.model.device)
+        graph = _graphs(config, layout, progress)
+        speech_tokenizer = SpeechTokenizer(
+            PhoneticEncoder.load(layout, device, graph("phonetic")),
+            PitchEncoder.load(layout, device, graph("f0"), graph("pitch"))
+            if layout.expressive
+            else None,
+            StyleEncoder.load(layout, device, graph("style")) if layout.expressive else None,
+        )
+        dtype = None if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
+        return cls(
+            config,
+            layout,
+            Tokenizer.load(layout),
+            speech_tokenizer,
+            LanguageModel.load(layout, device, dtype),
+            Vocoder.load(layout, device, graph("vocoder"), graph("durations")),
+        )
+
+    def vad(self) -> VoiceActivityDetector:
+        """A detector at the start of a session."""
+        return VoiceActivityDetector(self.config.vad.settings())
+
+    def encoder(self) -> UnitEncoder:
+        """A streaming encoder; its weights are shared."""
+        return UnitEncoder(self.speech_tokenizer)
+
+    def vocoder(self) -> StreamingVocoder:
+        """A streaming vocoder; its weights are shared."""
+        settings = self.config.vocoder
+        return StreamingVocoder(
+            self._vocoder,
+            speaker=settings.speaker,
+            style_id=settings.style,
+            first_chunk_frames=settings.first_chunk_frames,
+            max_chunk_frames=settings.max_chunk_frames,
+            lookahead_frames=settings.lookahead_frames,
+        )
+
+    def dialogue(self) -> Dialogue:
+        """An empty conversation. It owns the language model's cache: one session at a time."""
+        self.lm.reset()
+        return Dialogue(
+            self.lm,
+            self.tokenizer,
+            self.config.reply,
+            self.config.sampling.text.sampling(),
+            self.config.sampling.speech.sampling(),
+            unspeakable=self._unspeakable(),
+        )
+
+    def _unspeakable(self) -> list[int]:
+        """Ids of units for which the vocoder has no sound, such as the blank."""
+        shape = self._vocoder.config
+        known = {HUBERT: shape.units, PITCH: shape.pitches, STYLE: shape.style_tokens}
+        every = range(self.tokenizer.vocab_size)
+        units = ((i, self.tokenizer.id_to_unit(i)) for i in every)
+        return [i for i, u in units if u is not None and known[u.kind] and u.index >= known[u.kind]]
+
+
+def torch_device(name: str) -> torch.device:
+    """``auto`` takes CUDA where there is one.
+
+    Raises:
+        UserError: CUDA was asked for and is not there.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(
+            "model.device is cuda, but PyTorch sees no CUDA device: check the driver and that "
+            "PyTorch was installed with CUDA, or set model.device=cpu"
+        )
+    return torch.device("cuda")
+
+
+def _graphs(
+    config: Config, layout: Layout, progress: Progress | None
+) -> Callable[[str], Graph | None]:
+    """Looks graphs up by name; None where PyTorch is to run that part."""
+    if config.model.runtime == "torch":
+        return lambda name: None
+    device, threads = config.model.device, config.threads
+    found = graphs(
+        layout, _ENCODER_GRAPHS, device=device, threads=threads.encoder, progress=progress
+    )
+    found |= graphs(
+        layout, _VOCODER_GRAPHS, device=device, threads=threads.vocoder, progress=progress
+    )
+    return found.get

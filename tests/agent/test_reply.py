@@ -1,0 +1,162 @@
+"""What a dialogue writes into the token stream, and what it reads out of it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from agent.config import ReplyConfig
+from agent.reply import Dialogue, HeardText, Piece, SaidText, SaidUnit
+from stages.checkpoint import find_layout
+from stages.lm import Sampling
+from stages.text import Tokenizer
+from stages.units import UnitFrame
+
+
+class ScriptedModel:
+    """A language model that says what it was told to, and checks that it is allowed to."""
+
+    def __init__(self, script: Sequence[int], capacity: int = 4096) -> None:
+        self.script = list(script)
+        self.capacity = capacity
+        self.ids: list[int] = []
+        self.fed = 0
+
+    @property
+    def length(self) -> int:
+        return len(self.ids)
+
+    def append(self, ids: Sequence[int]) -> None:
+        self.ids += ids
+        self.fed += len(ids)
+
+    def rewind(self, length: int) -> None:
+        assert 0 <= length <= self.length
+        del self.ids[length:]
+
+    def reset(self) -> None:
+        self.ids.clear()
+
+    def decode(self, sampling: Sampling, mask: Sequence[bool]) -> int:
+        token = self.script.pop(0)
+        assert mask[token], f"token {token} was said but is not allowed here"
+        self.ids.append(token)
+        return token
+
+
+@pytest.fixture(scope="module")
+def tokenizer(kit: Path) -> Tokenizer:
+    return Tokenizer.load(find_layout(kit / "checkpoints", version="expressive"))
+
+
+def dialogue(
+    tokenizer: Tokenizer, script: Sequence[int], **settings: object
+) -> tuple[Dialogue, ScriptedModel]:
+    model = ScriptedModel(script)
+    config = ReplyConfig.model_validate(settings)
+    made = Dialogue(model, tokenizer, config, Sampling(), Sampling())  # type: ignore[arg-type]
+    return made, model
+
+
+def frames(*indices: int) -> list[UnitFrame]:
+    return [UnitFrame("Hu", index, 640 * n) for n, index in enumerate(indices)]
+
+
+def said(talk: Dialogue) -> list[Piece]:
+    return [piece for piece in talk.reply() if piece is not None]
+
+
+def tokens(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a string in the middle of the stream."""
+    return tokenizer.encode(text, bos=False)[1:]
+
+
+def test_a_turn_is_request_transcript_reply_and_its_sound(tokenizer: Tokenizer) -> None:
+    words = tokenizer.encode("[Text]hello | Hi you.", bos=False)[2:]
+    units = [tokenizer.unit_id("Hu", 7), tokenizer.unit_id("Hu", 8)]
+    script = [*words, tokenizer.speech_tag, *units, tokenizer.eos]
+    talk, model = dialogue(tokenizer, script)
+    talk.begin()
+    talk.hear(0, frames(1, 2))
+    pieces = said(talk)
+    assert [p for p in pieces if isinstance(p, HeardText)] == [HeardText("hello")]
+    assert "".join(p.text for p in pieces if isinstance(p, SaidText)) == "Hi you."
+    assert [p.unit.index for p in pieces if isinstance(p, SaidUnit)] == [7, 8]
+    request = [tokenizer.unit_id("Hu", i) for i in (1, 2)]
+    assert model.ids == [
+        tokenizer.bos, tokenizer.speech_tag, *request, tokenizer.text_tag, *words,
+        tokenizer.speech_tag, *units, tokenizer.eos,
+    ]  # fmt: skip
+
+
+def test_provisional_units_are_replaced_from_where_they_differ(tokenizer: Tokenizer) -> None:
+    talk, model = dialogue(tokenizer, [])
+    talk.begin()
+    talk.hear(0, frames(1, 2, 3, 4))
+    fed = model.fed
+    talk.hear(1, frames(2, 3, 9))
+    assert model.ids[2:] == [tokenizer.unit_id("Hu", i) for i in (1, 2, 3, 9)]
+    assert model.fed == fed + 1, "what is in the cache already is not fed again"
+    assert talk.counts["rewound_tokens"] == 1
+
+
+def test_a_reply_let_go_of_early_still_closes_its_turn(tokenizer: Tokenizer) -> None:
+    talk, model = dialogue(tokenizer, [tokenizer.speech_tag, tokenizer.unit_id("Hu", 3)] * 9)
+    talk.begin()
+    talk.hear(0, frames(1))
+    steps = talk.reply()
+    while not isinstance(next(steps), SaidUnit):
+        pass
+    steps.close()
+    assert model.ids[-1] == tokenizer.eos
+
+
+def test_a_turn_that_is_never_answered_leaves_nothing_behind(tokenizer: Tokenizer) -> None:
+    talk, model = dialogue(tokenizer, [])
+    talk.begin()
+    talk.hear(0, frames(1, 2))
+    talk.begin()
+    assert model.ids == [tokenizer.bos, tokenizer.speech_tag]
+
+
+def test_a_model_that_never_ends_its_text_is_made_to_speak(tokenizer: Tokenizer) -> None:
+    word = tokenizer.encode("[Text]so", bos=False)[-1]
+    script = [word] * 5 + [tokenizer.eos]
+    talk, model = dialogue(tokenizer, script, max_text_tokens=5)
+    talk.begin()
+    pieces = said(talk)
+    assert "".join(p.text for p in pieces if isinstance(p, SaidText)) == "so" * 5
+    assert model.ids[-2:] == [tokenizer.speech_tag, tokenizer.eos]
+
+
+@pytest.mark.parametrize("period", [1, 3, 16])
+def test_a_model_caught_in_a_loop_is_stopped(tokenizer: Tokenizer, period: int) -> None:
+    loop = [tokenizer.unit_id("Hu", i) for i in range(period)] * 1000
+    talk, _ = dialogue(tokenizer, loop, mode="speech")
+    talk.begin()
+    assert len(said(talk)) < 100
+
+
+def test_units_without_a_sound_are_never_sampled(tokenizer: Tokenizer) -> None:
+    blank = tokenizer.unit_id("Hu", 500)
+    model = ScriptedModel([blank])
+    config = ReplyConfig(mode="speech")
+    talk = Dialogue(model, tokenizer, config, Sampling(), Sampling(), [blank])  # type: ignore[arg-type]
+    talk.begin()
+    with pytest.raises(AssertionError, match="not allowed"):
+        said(talk)
+
+
+def test_a_long_conversation_keeps_its_latest_turns(tokenizer: Tokenizer) -> None:
+    units = [tokenizer.unit_id("Hu", i % 400) for i in range(60)]
+    talk, model = dialogue(
+        tokenizer, [*units, tokenizer.eos] * 20, mode="speech", context_tokens=200
+    )
+    for turn in range(20):
+        talk.begin()
+        talk.hear(0, frames(turn))
+        said(talk)
+        assert model.ids[0] == tokenizer.bos
+        assert model.ids[1] == tokenizer.speech_tag
+        assert model.length < 300
+    assert model.ids.count(tokenizer.eos) >= 2, "more than the last turn is remembered"

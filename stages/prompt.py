@@ -142,7 +142,9 @@ class Run:
     cut: tuple[int, int] = (0, 1)
 
 
-def read_continuation(prompt: str, continuation: str, output: str | Modality) -> list[Run]:
+def read_continuation(
+    prompt: str, continuation: str, output: str | Modality, shortest: int = SHORTEST_SPEECH
+) -> list[Run]:
     """What was generated after ``prompt``, in pieces of text and speech.
 
     One stripped piece for text and speech. For any output, the runs of both (see
@@ -150,6 +152,9 @@ def read_continuation(prompt: str, continuation: str, output: str | Modality) ->
     continuation starts with a speech token, the prompt's last run of speech is spoken again in
     front, and cut off the wave by its share of the units. Short runs of speech are dropped, except
     for one that comes first and does not go on from the prompt.
+
+    Args:
+        shortest: units, plus one, that a run of speech needs; 0 keeps all.
     """
     modality = Modality.parse(output)
     if modality is not Modality.ANY:
@@ -166,10 +171,10 @@ def read_continuation(prompt: str, continuation: str, output: str | Modality) ->
             runs.append(Run(kind, piece))
         elif position == 0 and known:
             before = _count_units(known)
-            if units + 1 - before >= SHORTEST_SPEECH:
+            if units + 1 - before >= shortest:
                 # One unit too many below the line: a quirk of the reference.
                 runs.append(Run(kind, piece, len(known), (before, units + 1)))
-        elif position == 0 or units + 1 >= SHORTEST_SPEECH:
+        elif position == 0 or units + 1 >= shortest:
             runs.append(Run(kind, piece))
     return runs
 

@@ -31,7 +31,7 @@ from stages.checkpoint import Layout
 from stages.lm import LanguageModel, Sampling
 from stages.models import find_model
 from stages.parts import Part, Speech, Text, read_audio
-from stages.prompt import Modality, Run, build_prompt, read_continuation
+from stages.prompt import SHORTEST_SPEECH, Modality, Run, build_prompt, read_continuation
 from stages.resample import resample, to_mono
 from stages.text import IncrementalDecoder, Tokenizer
 from stages.units import Units, speech_tokens, string_to_units, units_to_string
@@ -174,6 +174,7 @@ class SpiritLM:
         speaker: int | None = None,
         stop: str | Sequence[str] = (),
         force: bool = True,
+        shortest_speech: int = SHORTEST_SPEECH,
     ) -> list[Text | Speech]:
         """Continue a prompt in text, speech or whatever comes.
 
@@ -187,6 +188,7 @@ class SpiritLM:
             stop: generation ends where one of these strings comes; it is cut off. A tag given
                 here may be generated even where the modality would ban it.
             force: ban the other modality's tokens.
+            shortest_speech: see :meth:`read`.
 
         Returns:
             for "text" one :class:`Text`, for "speech" one :class:`Speech` (without samples if
@@ -205,7 +207,14 @@ class SpiritLM:
         continuation = self.text_tokenizer.decode(ids + new)[len(before) :]
         for end in filter(None, stops):
             continuation = continuation.split(end, 1)[0]
-        return self.read(before, continuation, output, speaker=speaker, seed=seed)
+        return self.read(
+            before,
+            continuation,
+            output,
+            speaker=speaker,
+            seed=seed,
+            shortest_speech=shortest_speech,
+        )
 
     def continue_ids(
         self,
@@ -253,6 +262,7 @@ class SpiritLM:
         *,
         speaker: int | None = None,
         seed: int | None = None,
+        shortest_speech: int = SHORTEST_SPEECH,
     ) -> list[Text | Speech]:
         """Turn what was generated after ``prompt`` into text and speech.
 
@@ -260,11 +270,15 @@ class SpiritLM:
         :func:`stages.prompt.read_continuation`. Where it fails, this goes on: speech without
         pitch takes the pitch before it, units that no vocoder can speak are left out, text in
         between is ignored.
+
+        Args:
+            shortest_speech: output "any" drops speech of fewer units, plus one, than this, unless
+                it comes first; 0 keeps all.
         """
         rng = random.Random(seed)
         outputs: list[Text | Speech] = []
         context = prompt
-        for run in read_continuation(prompt, continuation, output):
+        for run in read_continuation(prompt, continuation, output, shortest_speech):
             if run.modality is Modality.SPEECH and (
                 speech_tokens(run.content) or Modality.parse(output) is Modality.SPEECH
             ):

@@ -75,7 +75,7 @@ def check_better(got: list[Text | Speech]) -> None:
         if isinstance(piece, Speech):
             units = string_to_units(str(piece.tokens))
             assert np.isfinite(piece.wave).all()
-            assert (len(piece.wave) > 0) == (len(units.hubert) > 0)
+            assert units.hubert or not len(piece.wave)
         else:
             assert isinstance(piece, Text)
 

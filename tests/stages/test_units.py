@@ -54,26 +54,28 @@ def test_interleave_sorts_by_time_then_kind(units: Units) -> None:
     assert all(f.final and f.sample % HOPS[f.kind] == 0 for f in frames)
 
 
-@given(UNITS, st.data())
+@given(UNITS, st.lists(st.tuples(*[st.floats(0, 1)] * 3), max_size=5))
 def test_interleaving_in_any_chunking_is_interleaving_the_whole(
-    units: Units, data: st.DataObject
+    units: Units, shares: list[tuple[float, float, float]]
 ) -> None:
+    """``shares``: how much of what is left of each stream comes with each push."""
     whole = interleave(units)
     interleaver = Interleaver()
-    left = {kind: list(s) for kind, s in units.streams().items()}
+    left = Units(units.hubert, units.pitch, units.style)
     out: list[UnitFrame] = []
-    while any(left.values()):
-        taken = {}
-        for kind, rest in left.items():
-            n = data.draw(st.integers(0, len(rest)))
-            taken[kind], left[kind] = rest[:n], rest[n:]
-        out += interleaver.push(Units(taken[HUBERT], taken[PITCH], taken[STYLE]))
+    for share in [*shares, (1.0, 1.0, 1.0)]:
+        taken, rest = [], []
+        for part, stream in zip(share, (left.hubert, left.pitch, left.style), strict=True):
+            assert stream is not None
+            count = round(part * len(stream))
+            taken.append(stream[:count])
+            rest.append(stream[count:])
+        left = Units(*rest)
+        out += interleaver.push(Units(*taken))
         assert out == whole[: len(out)]
         # The rest as a guess that turns out right: what is already out, then the provisional tail.
-        tail = interleaver.tail(Units(left[HUBERT], left[PITCH], left[STYLE]))
-        assert [(f.kind, f.index, f.sample) for f in out + tail] == [
-            (f.kind, f.index, f.sample) for f in whole
-        ]
+        tail = interleaver.tail(left)
+        assert [(f.unit, f.sample) for f in out + tail] == [(f.unit, f.sample) for f in whole]
         assert not any(f.final for f in tail)
     out += interleaver.flush()
     assert out == whole

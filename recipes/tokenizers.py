@@ -18,8 +18,9 @@ import torch
 import typer
 from rich.progress import track
 
-from recipes import f0, pitch_vq
+from recipes import f0, pitch_vq, style_classifier
 from recipes.f0 import Row
+from stages.style import StyleEncoder, load_style_network
 from stages.vqvae import load_vqvae
 
 VQ_RECORDINGS = 1200  # of the training split, in the manifest's shuffled order: some 50 minutes
@@ -84,6 +85,28 @@ def extract_pitch(work: Path, out: Path, processes: int) -> None:
         extract_units(work / "units" / "pitch.jsonl", part, "pi", units)
 
 
+def train_style(work: Path, out: Path, seed: int) -> None:
+    """Make ``out`` (the folder ``style_encoder_w2v2``) unless it is there, and report on it."""
+    if (out / "pytorch_model.bin").is_file():
+        return
+    manifest = f0.read_manifest(work / "corpus")
+    train = [row for row in manifest if row["split"] == "train"]
+    held_out = [row for row in manifest if row["split"] == "heldout"]
+    state = work / "tokenizers" / "style.state"
+    network = style_classifier.train(work, train, style_classifier.Plan(), state, seed)
+    style_classifier.save(network, out)
+    encoder = StyleEncoder(load_style_network(out))  # as stored, rounded to half precision
+    scores = style_classifier.evaluate(encoder, work, held_out)
+    report(work, style={"trained_on": len(train)} | scores)
+
+
+def extract_style(work: Path, out: Path) -> None:
+    """Style units of the corpus."""
+    encoder = StyleEncoder(load_style_network(out))
+    path = work / "units" / "style.jsonl"
+    extract_units(path, f0.rows(work), "st", lambda row: encoder.units(f0.read_wave(work, row)))
+
+
 def main(
     work: Annotated[Path, typer.Option(help="Folder for what the recipes make.")] = Path("work"),
     out: Annotated[Path, typer.Option(help="Checkpoint folder to write.")] = Path(
@@ -96,6 +119,8 @@ def main(
     torch.set_num_threads(1)
     train_pitch(work, out / "vqvae_f0_quantizer", seed, processes)
     extract_pitch(work, out / "vqvae_f0_quantizer", processes)
+    train_style(work, out / "style_encoder_w2v2", seed)
+    extract_style(work, out / "style_encoder_w2v2")
 
 
 if __name__ == "__main__":

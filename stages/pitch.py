@@ -7,8 +7,6 @@ utterance is subtracted, and the encoder's output is replaced by the nearest of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import numpy as np
 import torch
 from torch.nn import functional as F
@@ -16,13 +14,12 @@ from torch.nn import functional as F
 from stages import SAMPLE_RATE
 from stages.checkpoint import CheckpointError, Layout, require
 from stages.fcpe import FCPE, LogMel, load_fcpe
+from stages.runtime import Graph
 from stages.vqvae import PitchVQVAE, load_vqvae
 
 PEAK_THRESHOLD = 0.05  # FCPE scores at or below this mean: no pitch
 F0_MIN = 50.0  # Hz; below, a frame counts as unvoiced
 F0_MAX = 1100.0  # Hz; F0 is cut here
-
-Graph = Callable[..., Sequence[np.ndarray]]
 
 
 class UnvoicedError(ValueError):
@@ -47,7 +44,7 @@ class PitchEncoder:
         self,
         mel: LogMel,
         fcpe: FCPE,
-        vqvae: PitchVQVAE,
+        vqvae: PitchVQVAE | None,
         *,
         hop: int = 80,
         device: str | torch.device = "cpu",
@@ -55,10 +52,9 @@ class PitchEncoder:
         code_graph: Graph | None = None,
     ) -> None:
         self.device = torch.device(device)
-        self.mel, self.fcpe, self.vqvae = (m.to(self.device) for m in (mel, fcpe, vqvae))
+        self.mel, self.fcpe = mel.to(self.device), fcpe.to(self.device)
+        self._vqvae = vqvae.to(self.device) if vqvae is not None else None
         self.hop = hop
-        self.code_hop = hop * vqvae.factor
-        self.codes = len(vqvae.codebook)
         self._f0_graph = f0_graph
         self._code_graph = code_graph
 
@@ -84,6 +80,18 @@ class PitchEncoder:
         return cls(
             mel, fcpe, vqvae, hop=hop, device=device, f0_graph=f0_graph, code_graph=code_graph
         )
+
+    @property
+    def vqvae(self) -> PitchVQVAE:
+        """The quantizer. Raises :class:`ValueError` if this encoder was made for F0 alone."""
+        if self._vqvae is None:
+            raise ValueError("this PitchEncoder has no VQ-VAE: it was made for F0 alone")
+        return self._vqvae
+
+    @property
+    def code_hop(self) -> int:
+        """Samples to a pitch unit."""
+        return self.hop * self.vqvae.factor
 
     @torch.inference_mode()
     def raw_f0(self, wave: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -120,10 +128,14 @@ class PitchEncoder:
         return _stretch(np.minimum(filled, F0_MAX), frames), _stretch(voiced, frames)
 
     @staticmethod
-    def remove_mean(f0: np.ndarray, vuv: np.ndarray) -> np.ndarray:
-        """The VQ-VAE's input ``[2, T]``: F0 less its mean over voiced frames, and voicing."""
+    def remove_mean(f0: np.ndarray, vuv: np.ndarray, mean: float | None = None) -> np.ndarray:
+        """The VQ-VAE's input ``[2, T]``: F0 less its mean over voiced frames, and voicing.
+
+        ``mean``: in Hz, where it is known from elsewhere.
+        """
         voiced = vuv > 0
-        mean = f0[voiced].mean() if voiced.any() else np.float32(0)
+        if mean is None:
+            mean = f0[voiced].mean() if voiced.any() else 0.0
         return np.stack([np.where(f0 != 0, f0 - mean, 0), vuv]).astype(np.float32)
 
     @torch.inference_mode()

@@ -7,7 +7,7 @@ expressive tokenizer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,10 @@ from torch.nn.utils import parametrize
 from transformers import Wav2Vec2Config, Wav2Vec2Model
 
 from stages.checkpoint import CheckpointError, Layout, load_json, load_state, load_weights
+from stages.runtime import Graph
 
 FRAMES_PER_UNIT = 50
 _VARIANCE_FLOOR = 1e-7  # of wav2vec2's feature extractor
-
-Graph = Callable[..., Sequence[np.ndarray]]
 
 
 class StyleNetwork(nn.Module):
@@ -32,9 +31,9 @@ class StyleNetwork(nn.Module):
     def __init__(self, config: Wav2Vec2Config) -> None:
         super().__init__()
         self.wav2vec2 = Wav2Vec2Model(config)
-        hidden, projection = int(config.hidden_size), int(config.classifier_proj_size)
-        self.projector = nn.Linear(hidden, projection)
-        self.classifier = nn.Linear(projection, int(config.num_labels))
+        projection = config.classifier_proj_size or config.hidden_size
+        self.projector = nn.Linear(config.hidden_size, projection)
+        self.classifier = nn.Linear(projection, config.num_labels or 0)
         # The weight norm is folded: it costs time at run time and only complicates an export.
         positions = self.wav2vec2.encoder.pos_conv_embed.conv
         if parametrize.is_parametrized(positions):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from agent.config import Config
@@ -13,10 +11,7 @@ from agent.reply import Dialogue
 from stages.checkpoint import CheckpointError, Layout
 from stages.encoder import SpeechTokenizer, UnitEncoder
 from stages.lm import LanguageModel
-from stages.phonetic import PhoneticEncoder
-from stages.pitch import PitchEncoder
 from stages.runtime import Graph
-from stages.style import StyleEncoder
 from stages.text import Tokenizer
 from stages.units import HUBERT, PITCH, STYLE
 from stages.vad import VoiceActivityDetector
@@ -61,22 +56,15 @@ class Models:
         """
         layout = config.model.layout()
         device = torch_device(config.model.device)
-        graph = _graphs(config, layout, progress)
-        speech_tokenizer = SpeechTokenizer(
-            PhoneticEncoder.load(layout, device, graph("phonetic")),
-            PitchEncoder.load(layout, device, graph("f0"), graph("pitch"))
-            if layout.expressive
-            else None,
-            StyleEncoder.load(layout, device, graph("style")) if layout.expressive else None,
-        )
+        made = _graphs(config, layout, progress)
         dtype = None if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
         return cls(
             config,
             layout,
             Tokenizer.load(layout),
-            speech_tokenizer,
+            SpeechTokenizer.load(layout, device, made),
             LanguageModel.load(layout, device, dtype),
-            Vocoder.load(layout, device, graph("vocoder"), graph("durations")),
+            Vocoder.load(layout, device, made.get("vocoder"), made.get("durations")),
         )
 
     def vad(self) -> VoiceActivityDetector:
@@ -136,17 +124,15 @@ def torch_device(name: str) -> torch.device:
     return torch.device("cuda")
 
 
-def _graphs(
-    config: Config, layout: Layout, progress: Progress | None
-) -> Callable[[str], Graph | None]:
-    """Looks graphs up by name; None where PyTorch is to run that part."""
+def _graphs(config: Config, layout: Layout, progress: Progress | None) -> dict[str, Graph]:
+    """The graphs to use, by name; none where PyTorch is to run everything."""
     if config.model.runtime == "torch":
-        return lambda name: None
+        return {}
     device, threads = config.model.device, config.threads
-    found = graphs(
+    encoders = graphs(
         layout, _ENCODER_GRAPHS, device=device, threads=threads.encoder, progress=progress
     )
-    found |= graphs(
+    vocoder = graphs(
         layout, _VOCODER_GRAPHS, device=device, threads=threads.vocoder, progress=progress
     )
-    return found.get
+    return {**encoders, **vocoder}

@@ -190,8 +190,7 @@ class Pipeline:
 
     def _exact(self, turn: int) -> Revision:
         """The last revision of an utterance; nothing for one that has been let go of."""
-        revisions = [] if self._turns.stale(turn) else list(self._encoder.flush())
-        return joined(revisions) if revisions else Revision(0, [])
+        return Revision(0) if self._turns.stale(turn) else self._encoder.flush()[0]
 
     async def _think(self) -> None:
         worker, dialogue, turn = self._workers["lm"], self._dialogue, 0
@@ -299,18 +298,6 @@ class Pipeline:
             await asyncio.gather(*tasks)
         finally:
             await self._events.close()
-
-
-def joined(revisions: Sequence[Revision]) -> Revision:
-    """Several revisions in a row as one."""
-    keep, frames = revisions[0].keep, list(revisions[0].frames)
-    for revision in revisions[1:]:
-        if revision.keep < keep:
-            keep, frames = revision.keep, []
-        else:
-            del frames[revision.keep - keep :]
-        frames += revision.frames
-    return Revision(keep, frames)
 
 
 def _step(steps: Steps) -> tuple[bool, object]:

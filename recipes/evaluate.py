@@ -67,10 +67,14 @@ class Nano:
         self._text = self.text.mask(Modality.TEXT, also=[self.text.speech_tag])
         self._speech = self.text.mask(Modality.SPEECH)
 
+    def encode(self, wave: np.ndarray) -> str:
+        """A recording as the token string that the language model reads; whispers too."""
+        return units_to_string(self.ears.encode(wave, allow_unvoiced=True))
+
     def listen(self, wave: np.ndarray) -> Turn:
         """Encode a request, transcribe it and form the reply as text (both greedily)."""
         began = time.perf_counter()
-        prompt = f"[Speech]{units_to_string(self.ears.encode(wave))}[Text]"
+        prompt = f"[Speech]{self.encode(wave)}[Text]"
         encoded = time.perf_counter()
         self.lm.reset()
         self.lm.append(self.text.encode(prompt))
@@ -141,7 +145,7 @@ def measure_vocoder(
             wave = load_wave(folder / row["wav"])
             said.append(row["text"])
             original.append(judge.hear(wave))
-            made.append(judge.hear(nano.voice.decode(units_to_string(nano.ears.encode(wave)))))
+            made.append(judge.hear(nano.voice.decode(nano.encode(wave))))
         result[name] = word_errors(said, made) | {
             "wer_of_recordings": word_errors(said, original)["wer"]
         }

@@ -100,3 +100,27 @@ def test_the_card_says_what_was_measured_and_nothing_else(tmp_path: Path) -> Non
 def test_the_card_needs_an_evaluation(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"evaluation\.json"):
         report.write_card(tmp_path, tmp_path)
+
+
+def test_a_turn_goes_through_every_stage(
+    tmp_path: Path, kit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kit's random weights say nothing sensible, but they go the whole way."""
+    from recipes import evaluate
+    from recipes.evaluate import LONGEST_TEXT, Nano, speed
+    from stages.lm import Sampling
+
+    models = kit / "checkpoints" / "spiritlm_model"
+    expressive = next(models.glob("*expressive*"))
+    (tmp_path / "spiritlm_model").mkdir()
+    (tmp_path / "spiritlm_model" / expressive.name).symlink_to(expressive)
+    (tmp_path / "speech_tokenizer").symlink_to(kit / "checkpoints" / "speech_tokenizer")
+    monkeypatch.setattr(evaluate, "LONGEST_REPLY", 40)
+    nano = Nano(tmp_path, Sampling(seed=1))
+    wave = 0.1 * np.sin(np.cumsum(np.linspace(0.05, 0.1, 24_000)) % 3).astype(np.float32)
+    turn = nano.listen(wave)
+    assert 0 < turn.tokens <= LONGEST_TEXT
+    reply = nano.answer(turn)
+    assert reply.dtype == np.float32 and reply.ndim == 1
+    row = {"tokens": turn.tokens, "seconds": turn.seconds, "reply_seconds": 1, "request_seconds": 2}
+    assert speed([row])["lm_tokens_per_second"] > 0

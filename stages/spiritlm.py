@@ -32,7 +32,6 @@ from stages.lm import LanguageModel, Sampling
 from stages.models import find_model
 from stages.parts import Part, Speech, Text, read_audio
 from stages.prompt import SHORTEST_SPEECH, Modality, Run, build_prompt, read_continuation
-from stages.resample import resample, to_mono
 from stages.text import IncrementalDecoder, Tokenizer
 from stages.units import Units, speech_tokens, string_to_units, units_to_string
 from stages.vocoder import Vocoder
@@ -91,7 +90,7 @@ class SpiritLM:
     def speech_tokenizer(self) -> SpeechTokenizer:
         from stages.encoder import SpeechTokenizer
 
-        return SpeechTokenizer.load(self.layout)
+        return SpeechTokenizer.load(self.layout, self.device)
 
     @cached_property
     def vocoder(self) -> Vocoder:
@@ -100,7 +99,11 @@ class SpiritLM:
     # Speech to units and back.
 
     def encode(
-        self, audio: str | Path | np.ndarray, rate: int | None = None, channel: int | None = None
+        self,
+        audio: str | Path | np.ndarray,
+        rate: int | None = None,
+        channel: int | None = None,
+        allow_unvoiced: bool = False,
     ) -> Units:
         """The units of a recording, each stream at its own rate.
 
@@ -108,6 +111,7 @@ class SpiritLM:
             audio: a file, or samples ``[n]`` or ``[n, channels]`` in [-1, 1].
             rate: Hz, of samples; 16000 by default.
             channel: the one to take; by default all are averaged.
+            allow_unvoiced: take a whisper, too, which the reference refuses.
 
         Returns:
             empty streams for less than 1280 samples at 16 kHz.
@@ -120,11 +124,14 @@ class SpiritLM:
             samples, given = audio, SAMPLE_RATE if rate is None else rate
         else:
             samples, given = read_audio(audio)
-        wave = to_mono(samples, channel)
-        if not np.isfinite(wave).all():
-            first = int(np.argmin(np.isfinite(wave)))
-            raise ValueError(f"sample {first} of the audio is {wave[first]}: not a number")
-        return self.speech_tokenizer.encode(resample(wave, given))
+        if not np.issubdtype(samples.dtype, np.floating):
+            raise ValueError(
+                f"samples of type {samples.dtype}: give floats in [-1, 1] (int16: divide by 32768)"
+            )
+        if not np.isfinite(samples).all():
+            first = int(np.argwhere(~np.isfinite(samples))[0][0])
+            raise ValueError(f"sample {first} of the audio is {samples[first]}: not a number")
+        return self.speech_tokenizer.encode(samples, given, channel, allow_unvoiced)
 
     def encode_string(
         self, audio: str | Path | np.ndarray, rate: int | None = None, channel: int | None = None

@@ -217,6 +217,11 @@ def test_samples_that_are_no_numbers_are_refused(base: SpiritLM) -> None:
         base.encode(wave)
 
 
+def test_whole_numbers_are_no_samples(base: SpiritLM) -> None:
+    with pytest.raises(ValueError, match="int16: divide by 32768"):
+        base.encode(np.zeros(16000, np.int16))
+
+
 def test_a_file_has_no_samples_before_it_is_read() -> None:
     with pytest.raises(ValueError, match="not given as samples"):
         _ = Speech("a.wav").wave

@@ -206,7 +206,8 @@ class UnitEncoder:
 
     def settle(self) -> list[Revision]:
         """The exact units if the utterance ended here; it may still go on."""
-        return self._tell(self._exact())
+        frames, sure = self._exact(), len(self._whole_frames)
+        return self._tell(frames[:sure] + [replace(f, final=False) for f in frames[sure:]])
 
     def flush(self) -> list[Revision]:
         """The exact units of the utterance, which ends here. Always one revision."""

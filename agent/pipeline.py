@@ -197,8 +197,9 @@ class Pipeline:
         async for request in self._requests:
             trace, before = request.trace, worker.busy
             if self._turns.stale(trace.turn):
-                await worker.run(dialogue.abandon)
-                await self._finish(trace, "interrupted")
+                if request.last:
+                    await worker.run(dialogue.abandon)
+                    await self._finish(trace, "interrupted")
                 continue
             if trace.turn != turn:
                 turn = trace.turn
@@ -238,7 +239,7 @@ class Pipeline:
 
     async def _finish(self, trace: TurnTrace, ended: str) -> None:
         """Nothing more comes of this turn; said even of one that is past."""
-        trace.ended = ended
+        trace.ended = trace.ended or ended
         await self._replies.put(_Reply(trace, None), _NEVER_PAST)
 
     async def _speak(self) -> None:

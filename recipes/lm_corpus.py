@@ -54,6 +54,11 @@ class Vocabulary:
         """Ids of all phonetic units, by unit number."""
         return self._units["Hu"]
 
+    @property
+    def style(self) -> np.ndarray:
+        """Ids of all style units, by unit number."""
+        return self._units["St"]
+
 
 @dataclass(frozen=True)
 class Recording:

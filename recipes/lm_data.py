@@ -29,7 +29,10 @@ from stages import SAMPLE_RATE
 
 KINDS = ("masked", "request_units", "transcript", "reply_text", "reply_units", "other")
 MASKED, REQUEST_UNITS, TRANSCRIPT, REPLY_TEXT, REPLY_UNITS, OTHER = range(len(KINDS))
-WEIGHTS = (0.0, 0.3, 1.0, 1.0, 1.0, 0.5)
+WEIGHTS = (0.0, 0.3, 2.0, 1.5, 1.0, 0.5)
+
+STYLES = 5  # in use: neutral, lively, monotone, whispered, fast
+WRONG_STYLE = 0.2  # of the disturbed recordings
 
 DEFAULT_MIX = {
     "dialog": 0.32,
@@ -179,7 +182,7 @@ class Streams:
         return [(_ids(v.speech_tag), MASKED), (ids, kind), (_ids(v.text_tag), TRANSCRIPT)]
 
     def _disturb(self, rng: np.random.Generator, ids: np.ndarray) -> np.ndarray:
-        """Replace, drop and insert phonetic units, each at a rate drawn for this recording."""
+        """Replace and drop phonetic units at a rate drawn for this recording; mistake its style."""
         rate = rng.uniform(0, self.noise)
         phonetic = np.isin(ids, self.vocabulary.phonetic)
         chance = rng.random(len(ids))
@@ -187,6 +190,9 @@ class Streams:
         other = other[np.isin(other, self.vocabulary.phonetic)]
         substitutes = rng.choice(other, len(ids)) if len(other) else ids
         ids = np.where(phonetic & (chance < rate), substitutes, ids)
+        if rng.random() < WRONG_STYLE:
+            styles = np.isin(ids, self.vocabulary.style)
+            ids = np.where(styles, self.vocabulary.style[rng.integers(STYLES)], ids)
         return ids[~(phonetic & (chance > 1 - rate / 3))]
 
     def _written(self, recording: Recording) -> Part:

@@ -13,13 +13,14 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 import typer
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from recipes import lm, lm_corpus, lm_data, text_tokenizer
 from recipes.lm_data import DEFAULT_MIX, KINDS, MASKED, REPLY_TEXT, REPLY_UNITS, TRANSCRIPT
 from recipes.lm_model import BlockAttention, TrainableLlama
 from recipes.lm_phones import phone_units, transfer
 from stages.checkpoint import Layout
-from stages.lm import LanguageModel
+from stages.lm import LanguageModel, Sampling
 from stages.text import Tokenizer
 
 REQUESTS = {
@@ -216,17 +217,20 @@ def test_interleaving_keeps_every_word_once(streams: lm_data.Streams, seed: int)
     assert written == [w for w in words if w in written]
 
 
-def test_noise_changes_only_phonetic_units(
+def test_noise_changes_phonetic_units_and_the_style_as_a_whole(
     corpora: dict[str, lm_corpus.Corpus], vocabulary: lm_corpus.Vocabulary
 ) -> None:
     streams = lm_data.Streams(corpora["train"], vocabulary, noise=0.9)
     ids = corpora["train"].requests[0].ids
-    noisy = streams._disturb(np.random.default_rng(4), ids)
 
-    def others(x: np.ndarray) -> list[int]:
-        return x[~np.isin(x, vocabulary.phonetic)].tolist()
+    def pitch(x: np.ndarray) -> list[int]:
+        both = np.concatenate((vocabulary.phonetic, vocabulary.style))
+        return x[~np.isin(x, both)].tolist()
 
-    assert others(noisy) == others(ids) and noisy.tolist() != ids.tolist()
+    for seed in range(20):
+        noisy = streams._disturb(np.random.default_rng(seed), ids)
+        assert pitch(noisy) == pitch(ids) and noisy.tolist() != ids.tolist()
+        assert len(set(noisy[np.isin(noisy, vocabulary.style)].tolist())) == 1
 
 
 def test_heldout_requests_are_never_trained(
@@ -342,3 +346,51 @@ def test_losses_are_told_by_kind(trainer: lm.Trainer) -> None:
     sums, counts = trainer.train_step(0.1)
     assert sums.shape == counts.shape == (len(KINDS),)
     assert counts[MASKED] == 0 and counts[REPLY_UNITS] > 0
+
+
+# --------------------------------------------------------------------------- the shipped model
+
+
+NANO = Path(__file__).parents[2] / "checkpoints" / "nano" / "spiritlm_model" / "spirit-lm-nano"
+
+
+@pytest.fixture(scope="module")
+def nano() -> LanguageModel:
+    if not (NANO / "pytorch_model.bin").is_file():
+        pytest.skip(f"{NANO} has no weights: run `python -m recipes lm`")
+    return LanguageModel.load(NANO)
+
+
+def test_the_shipped_model_is_a_llama_for_transformers(nano: LanguageModel) -> None:
+    reference = LlamaForCausalLM(LlamaConfig(**json.loads((NANO / "config.json").read_text())))
+    state = torch.load(NANO / "pytorch_model.bin", weights_only=True)
+    assert all(tensor.dtype == torch.bfloat16 for tensor in state.values())
+    missing, unexpected = reference.load_state_dict(state, strict=False)
+    assert missing == ["lm_head.weight"] and not unexpected
+    reference.tie_weights()
+    ids = torch.randint(3, nano.vocab_size, (60,), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = reference(ids[None]).logits[0, -1]
+    nano.reset()
+    nano.append(ids.tolist())
+    torch.testing.assert_close(nano.logits, expected, atol=1e-3, rtol=0)
+
+
+def test_the_shipped_model_is_small_and_has_no_wasted_rows(nano: LanguageModel) -> None:
+    assert sum(p.stat().st_size for p in NANO.iterdir()) <= 13.5e6
+    pieces = lm_corpus.Vocabulary(NANO / "tokenizer.model")
+    assert len(pieces) <= nano.vocab_size < len(pieces) + lm.ROW_MULTIPLE
+
+
+def test_the_shipped_model_answers_a_typed_request_and_speaks(nano: LanguageModel) -> None:
+    tokenizer = Tokenizer.load(NANO)
+    nano.reset()
+    nano.append(tokenizer.encode("[Text]what is your name |"))
+    greedy = Sampling(greedy=True)
+    spoken = False
+    while nano.decode(greedy) != tokenizer.eos:
+        spoken = spoken or nano.ids[-1] == tokenizer.speech_tag
+        assert nano.length < 400, "the reply does not end"
+    reply = tokenizer.decode(nano.ids[2:])
+    assert "Nano" in reply.split("[Speech]")[0] and spoken
+    assert tokenizer.id_to_unit(nano.ids[-2]) is not None

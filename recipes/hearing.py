@@ -1,156 +1,126 @@
-"""nano's ears: a HubertModel put together from Whisper's blocks and an analytic front end."""
+"""``python -m recipes hearing``: nano's ears, put together from Whisper's encoder blocks.
+
+The blocks of Whisper tiny.en have the shape of a pre-norm HuBERT's layers (hidden 384, 6 heads,
+1536; no key bias). With a constructed front end (``recipes/front_end.py``) they make a
+``HubertModel`` that hears people it never met, without training. Its fourth layer, averaged from
+50 to 25 Hz and heard through the streaming window, is then divided into phonetic classes
+(``recipes/quantizer.py``).
+
+Writes the two files of ``speech_tokenizer/hubert_25hz`` in fairseq's naming, and
+{work}/reports/hearing.json.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import random
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress
 from torch import Tensor
-from torch.nn import functional as F
 
-from recipes.whisper import HEADS, MELS, WhisperEncoder, mel_filters
+from recipes import quantizer
+from recipes.front_end import HOP, INPUT_PADDING, STRIDES, Constants, front_end, positional
+from recipes.hearing_report import measure
+from recipes.whisper import HEADS, WhisperEncoder
+from recipes.windows import cache_stamp, encode_many, load_listener
+from stages.hubert import build_hubert
 
-FRAME, HOP, BINS = 400, 160, 200
-PHASES = 3
-NEUTRAL = 8
+OUT = Path("checkpoints/nano/speech_tokenizer/hubert_25hz")
+HUBERT, QUANTIZER = "mhubert_base_25hz.pt", "L11_quantizer_500.pt"
+WINDOW = {"chunk": 12, "left": 60, "right": 8}
+POOL = 2
+SECONDS = {"heart": 540.0}  # of speech to fit to, by voice
+SECONDS_OTHERS = 210.0
 
 
-@dataclass(frozen=True)
-class FrontEnd:
-    """Constants of the construction.
+def checkpoint(
+    teacher: WhisperEncoder,
+    constants: Constants | None = None,
+    window: dict[str, int] | None = None,
+) -> dict[str, Any]:
+    """nano's HuBERT as a fairseq checkpoint: plain containers and tensors."""
+    constants = constants or Constants()
+    state = fairseq_state(teacher, constants)
+    width = len(state["post_extract_proj.bias"])
+    shapes = (state[f"feature_extractor.conv_layers.{i}.0.weight"].shape for i in range(4))
+    config = {
+        "_name": "hubert",
+        "label_rate": 25,
+        "extractor_mode": "layer_norm",
+        "conv_feature_layers": str(
+            [
+                (out, kernel, stride)
+                for (out, _, kernel), stride in zip(shapes, STRIDES, strict=True)
+            ]
+        ),
+        "conv_bias": True,
+        "feat_proj_layer_norm": False,
+        "encoder_layers": teacher.layers,
+        "encoder_embed_dim": width,
+        "encoder_ffn_embed_dim": len(state["encoder.layers.0.fc1.bias"]),
+        "encoder_attention_heads": HEADS,
+        "activation_fn": "gelu",
+        "layer_type": "transformer",
+        "layer_norm_first": True,
+        "conv_pos": constants.positions,
+        "conv_pos_groups": width,
+        "features_layer": teacher.layers,
+        "pool": POOL,
+        "input_padding": list(INPUT_PADDING),
+        "window": window or WINDOW,
+    }
+    return {
+        "model_cfg": config,
+        "task_cfg": {"_name": "hubert_pretraining", "sample_rate": 16_000, "normalize": False},
+        "model_weight": {k: v.half() if in_half(k) else v for k, v in state.items()},
+        "dictionaries_symbols": [],
+    }
 
-    Attributes:
-        gain: scale of the spectrum before the first GELU.
-        pins: the constant in each layer's neutral channels.
-        knees: energies at which the GELUs of the second layer bend.
-        sharpness: of the bends.
-        floor: energy added before the logarithm.
-        positions: taps of the positional convolution; half as many frames get a position.
-        carrier: the constant that the positions are written on.
+
+def in_half(key: str) -> bool:
+    """Whether a weight may be stored in half precision; all are used in float32.
+
+    Matrices may (Whisper's own were), but for the spectrum's: its phases must cancel.
     """
-
-    gain: float = 1 / 20
-    pins: tuple[float, float, float, float] = (5.0, 100.0, 400.0, 400.0)
-    knees: int = 14
-    lowest: float = 10**-4.7
-    highest: float = 10**2.5
-    sharpness: float = 1.0
-    floor: float = 1e-5
-    positions: int = 384
-    carrier: float = 1000.0
+    if not key.endswith("weight") or key == "feature_extractor.conv_layers.0.0.weight":
+        return False
+    return key.startswith(("encoder.layers.", "post_extract_proj")) or key.endswith(".0.weight")
 
 
-def spectrum_bank(gain: float) -> Tensor:
-    t = np.arange(FRAME)
-    hann = 0.5 - 0.5 * np.cos(2 * np.pi * t / FRAME)
-    bins = np.arange(1, BINS + 1)[:, None, None]
-    phase = 2 * np.pi * np.arange(PHASES)[None, :, None] / PHASES
-    bank = gain * hann * np.cos(2 * np.pi * bins * t / FRAME + phase)
-    return torch.from_numpy(bank.reshape(-1, 1, FRAME))
-
-
-def fit_logarithm(front: FrontEnd) -> tuple[np.ndarray, np.ndarray, float]:
-    energies = np.logspace(np.log10(front.lowest), np.log10(front.highest), front.knees)
-    grid = np.concatenate([[0.0], np.logspace(-7, 3, 2000)])
-    basis = gelu(front.sharpness * (1 - grid[:, None] / energies))
-    basis = np.concatenate([basis, np.ones((len(grid), 1))], 1)
-    target = (np.log10(grid + front.floor) + 4) / 4
-    solution = np.linalg.lstsq(basis, target, rcond=None)[0]
-    return energies, solution[:-1], float(solution[-1])
-
-
-def gelu(x: np.ndarray) -> np.ndarray:
-    return F.gelu(torch.from_numpy(x)).numpy()
-
-
-def pinned(weight: Tensor, bias: Tensor, pin: float, balanced: bool) -> tuple[Tensor, Tensor]:
-    """Append balancing (if the outputs do not sum to zero) and neutral channels."""
-    if balanced:
-        weight = torch.cat([weight, -weight.sum(0, keepdim=True).expand(NEUTRAL, -1, -1) / NEUTRAL])
-        bias = torch.cat([bias, -bias.sum().expand(NEUTRAL) / NEUTRAL])
-    signs = torch.tensor([1.0, -1.0], dtype=weight.dtype).repeat(NEUTRAL // 2)
-    weight = torch.cat([weight, weight.new_zeros(NEUTRAL, *weight.shape[1:])])
-    return weight, torch.cat([bias, pin * signs])
-
-
-def norm(channels: int, pin: float, gain: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    scale = (NEUTRAL * pin**2 / channels) ** 0.5
-    pad = (0, channels - len(gain))
-    return F.pad(gain * scale, pad), F.pad(bias, pad)
-
-
-def front_end(whisper: dict[str, Tensor], front: FrontEnd) -> list[tuple[Tensor, ...]]:
-    """conv weight, conv bias, norm gain, norm bias of the four layers."""
-    out = []
-    # 1
-    bank = spectrum_bank(front.gain)
-    weight, bias = pinned(bank, bank.new_zeros(len(bank)), front.pins[0], False)
-    one = torch.ones(len(bank), dtype=bank.dtype)
-    out.append((weight, bias, *norm(len(weight), front.pins[0], one, 0 * one)))
-    # 2
-    energies, combination, constant = fit_logarithm(front)
-    # sum over phases of gelu(A cos) = (PHASES / 2) A^2 / sqrt(2 pi) + ...
-    per_power = PHASES / 2 * front.gain**2 / np.sqrt(2 * np.pi)
-    filters = torch.from_numpy(mel_filters()[:, 1:]) / per_power  # 80 x 200
-    signs = torch.tensor([1.0, -1.0], dtype=bank.dtype).repeat(front.knees // 2)
-    mels = filters.repeat_interleave(PHASES, 1)  # 80 x 600
-    weight = (signs[None, :, None] * mels[:, None]).reshape(-1, len(bank), 1)
-    copies = len(weight)
-    weight = F.pad(weight, (0, 0, 0, NEUTRAL))
-    weight, bias = pinned(weight, weight.new_zeros(copies), front.pins[1], False)
-    gain = -signs * front.sharpness / torch.from_numpy(energies)
-    gain = gain.repeat(MELS)
-    knee = torch.full_like(gain, front.sharpness)
-    out.append((weight, bias, *norm(len(weight), front.pins[1], gain, knee)))
-    # 3
-    conv = whisper["conv1/weight"].double()
-    mix = torch.from_numpy(combination)
-    weight = (conv[:, :, None] * mix[None, None, :, None]).reshape(len(conv), copies, 3)
-    bias = whisper["conv1/bias"].double() + constant * conv.sum((1, 2))
-    weight = F.pad(weight, (0, 0, 0, NEUTRAL))
-    weight, bias = pinned(weight, bias, front.pins[2], True)
-    one = torch.ones(len(conv), dtype=bank.dtype)
-    out.append((weight, bias, *norm(len(weight), front.pins[2], one, 0 * one)))
-    # 4
-    weight = F.pad(whisper["conv2/weight"].double(), (0, 0, 0, 2 * NEUTRAL))
-    weight, bias = pinned(weight, whisper["conv2/bias"].double(), front.pins[3], True)
-    out.append((weight, bias, *norm(len(weight), front.pins[3], one, 0 * one)))
-    return out
-
-
-def positional(whisper: dict[str, Tensor], front: FrontEnd) -> tuple[Tensor, Tensor]:
-    table = whisper["position_encodings/encodings"].double()[: front.positions // 2].T
-    steps = torch.diff(table, dim=1, prepend=table.new_zeros(len(table), 1))
-    weight = F.pad(-steps.flip(1) / front.carrier, (1, front.positions // 2 - 1))
-    return weight[:, None], weight.new_full((len(table),), front.carrier)
-
-
-def fairseq_state(teacher: WhisperEncoder, front: FrontEnd) -> dict[str, Tensor]:
+def fairseq_state(teacher: WhisperEncoder, constants: Constants) -> dict[str, Tensor]:
+    """Every weight under fairseq's name, float32."""
     whisper, width = teacher.w, len(teacher.w["conv1/bias"])
     state: dict[str, Tensor] = {}
-    for i, (weight, bias, gain, offset) in enumerate(front_end(whisper, front)):
+    layers = front_end(whisper, constants)
+    for i, layer in enumerate(layers):
         name = f"feature_extractor.conv_layers.{i}"
-        state |= {f"{name}.0.weight": weight, f"{name}.0.bias": bias}
-        state |= {f"{name}.2.1.weight": gain, f"{name}.2.1.bias": offset}
-    channels = len(state["feature_extractor.conv_layers.3.0.bias"])
-    state["post_extract_proj.weight"] = torch.eye(width, channels)
-    state["post_extract_proj.bias"] = torch.full((width,), -front.carrier)
-    weight, bias = positional(whisper, front)
-    norm_of = weight.norm(dim=(0, 1), keepdim=True)
-    state["encoder.pos_conv.0.weight_g"] = norm_of
-    state["encoder.pos_conv.0.weight_v"] = torch.where(norm_of > 0, weight, 1.0)
-    state["encoder.pos_conv.0.bias"] = bias
+        state |= {f"{name}.0.weight": layer.weight, f"{name}.0.bias": layer.bias}
+        state |= {f"{name}.2.1.weight": layer.gain, f"{name}.2.1.bias": layer.offset}
+    state["post_extract_proj.weight"] = torch.eye(width, len(layers[-1].bias))
+    state["post_extract_proj.bias"] = torch.full((width,), -constants.carrier)
+    weight, state["encoder.pos_conv.0.bias"] = positional(whisper, constants)
+    gain = weight.norm(dim=(0, 1), keepdim=True)
+    state["encoder.pos_conv.0.weight_g"] = gain
+    # A tap of gain zero still needs a direction, or its norm would divide by zero.
+    state["encoder.pos_conv.0.weight_v"] = torch.where(gain > 0, weight, 1.0)
     for i in range(teacher.layers):
         state |= _block(whisper, i)
+    # Whisper's closing norm has its place here, though the features are taken before it.
     state["encoder.layer_norm.weight"] = whisper["layer_norm/gamma"]
     state["encoder.layer_norm.bias"] = whisper["layer_norm/beta"]
     return {k: v.float() for k, v in state.items()}
 
 
 def _block(whisper: dict[str, Tensor], i: int) -> dict[str, Tensor]:
-    ours, theirs = f"encoder.layers.{i}", f"layer_{i}"
-    attention, ffn = f"{theirs}/self_attention", f"{theirs}/ffn"
+    ours, attention, ffn = f"encoder.layers.{i}", f"layer_{i}/self_attention", f"layer_{i}/ffn"
     out = {}
     for leaf in ("weight", "bias"):
         q, k, v = whisper[f"{attention}/linear_0/{leaf}"].chunk(3)
@@ -166,47 +136,108 @@ def _block(whisper: dict[str, Tensor], i: int) -> dict[str, Tensor]:
     return out
 
 
-def model_config(state: dict[str, Tensor], front: FrontEnd, layers: int) -> dict[str, object]:
-    shapes = [tuple(state[f"feature_extractor.conv_layers.{i}.0.weight"].shape) for i in range(4)]
-    strides = (HOP, 1, 1, 2)
-    convolutions = [(c, k, s) for (c, _, k), s in zip(shapes, strides, strict=True)]
-    width = len(state["post_extract_proj.bias"])
-    return {
-        "_name": "hubert",
-        "label_rate": 25,
-        "extractor_mode": "layer_norm",
-        "conv_feature_layers": str(convolutions),
-        "conv_bias": True,
-        "feat_proj_layer_norm": False,
-        "encoder_layers": layers,
-        "encoder_embed_dim": width,
-        "encoder_ffn_embed_dim": 4 * width,
-        "encoder_attention_heads": HEADS,
-        "activation_fn": "gelu",
-        "layer_type": "transformer",
-        "layer_norm_first": True,
-        "conv_pos": front.positions,
-        "conv_pos_groups": width,
-        "features_layer": layers,
-        "pool": 2,
-        "input_padding": [520, 200],
-        "window": {"chunk": 12, "left": 60, "right": 8},
+def fit_plan(manifest: list[dict[str, Any]], seed: int) -> list[tuple[dict[str, Any], int]]:
+    """Recordings to fit the classes to, and how many samples to cut off each one's beginning.
+
+    The cut, within the silence before the speech, makes the phase of frames and chunks random.
+    """
+    rng = random.Random(seed)
+    order = list(manifest)
+    rng.shuffle(order)
+    left: dict[str, float] = defaultdict(lambda: SECONDS_OTHERS, SECONDS)
+    plan = []
+    for row in order:
+        if row["split"] != "train" or not row["phones"] or left[row["voice"]] <= 0:
+            continue
+        left[row["voice"]] -= row["samples"] / 16_000
+        lead = next((start for phone, start, _ in row["phones"] if phone != "sil"), 0.0)
+        plan.append((row, rng.randrange(max(HOP * 2 * POOL, int((lead - 0.05) * 16_000)))))
+    return plan
+
+
+def phone_labels(phones: list[list[Any]], frames: int, cut: int = 0, hop: int = 640) -> np.ndarray:
+    """The phone at the centre of each frame of a recording whose first ``cut`` samples are gone."""
+    time = (cut + (np.arange(frames) + 0.5) * hop) / 16_000
+    names = np.array([name for name, _, _ in phones] + ["sil"])
+    labels = names[np.searchsorted([end for _, _, end in phones], time, side="right")]
+    labels[time < phones[0][1]] = "sil"
+    return labels
+
+
+def read_manifest(work: Path) -> list[dict[str, Any]]:
+    """The corpus's recordings. Raises FileNotFoundError naming the step that makes it."""
+    path = work / "corpus" / "manifest.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: run `python -m recipes corpus` first")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _features(
+    work: Path, hubert: Path, seed: int, jobs: int, progress: Progress
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Features and phones of the recordings to fit to; kept in {work}/hearing for a next run."""
+    plan = fit_plan(read_manifest(work), seed)
+    folder = work / "hearing" / f"fit-{cache_stamp(hubert)}-{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    todo = {
+        f"{row['id']}@{cut}": (work / "corpus" / row["wav"], cut)
+        for row, cut in plan
+        if not (folder / f"{row['id']}@{cut}.npy").is_file()
     }
+    task = progress.add_task("listening", total=len(plan), completed=len(plan) - len(todo))
+    for name, features in encode_many(hubert, todo, jobs):
+        np.save(folder / "draft.npy", features)
+        (folder / "draft.npy").replace(folder / f"{name}.npy")
+        progress.advance(task)
+    for row, cut in sorted(plan, key=lambda item: f"{item[0]['id']}@{item[1]}"):
+        features = np.load(folder / f"{row['id']}@{cut}.npy")
+        yield features, phone_labels(row["phones"], len(features), cut)
 
 
-def checkpoint(teacher: WhisperEncoder, front: FrontEnd) -> dict[str, object]:
-    state = fairseq_state(teacher, front)
-    config = model_config(state, front, teacher.layers)
-    return {
-        "model_cfg": config,
-        "task_cfg": {"_name": "hubert_pretraining", "sample_rate": 16_000, "normalize": False},
-        "model_weight": {k: v.half() if _in_half(k) else v for k, v in state.items()},
-        "dictionaries_symbols": [],
+def main(
+    work: Annotated[Path, typer.Option(help="Folder of the corpus and reports.")] = Path("work"),
+    out: Annotated[Path, typer.Option(help="Folder to write the checkpoint to.")] = OUT,
+    clusters: Annotated[int, typer.Option(min=2, max=500, help="Phonetic classes.")] = 200,
+    dims: Annotated[int, typer.Option(min=1, help="Discriminant directions.")] = 40,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes, one thread each.")] = 2,
+    seed: Annotated[int, typer.Option(help="Of the fit.")] = 0,
+) -> None:
+    """Construct nano's HuBERT, fit its quantizer, measure both."""
+    console = Console(stderr=True)
+    torch.set_num_threads(1)
+    out.mkdir(parents=True, exist_ok=True)
+    teacher = WhisperEncoder.load()
+    content = checkpoint(teacher)
+    build_hubert(content, out / HUBERT)  # it loads, before anything is overwritten
+    _save(content, out / HUBERT)
+    console.print(f"{out / HUBERT}: {(out / HUBERT).stat().st_size / 1e6:.1f} MB")
+    with Progress(console=console) as progress:
+        frames = list(_features(work, out / HUBERT, seed, jobs, progress))
+    features, phones = (np.concatenate(column) for column in zip(*frames, strict=True))
+    console.print(f"fitting {clusters} classes to {len(features)} frames")
+    found = quantizer.fit(features, phones, clusters=clusters, dims=dims, seed=seed)
+    _save(quantizer.embed(found), out / QUANTIZER)
+    listener = load_listener(out / HUBERT, out / QUANTIZER)
+    report = measure(listener, teacher, work, read_manifest(work), seed)
+    report["fit"] = {
+        "frames": len(features),
+        "embedding_is_nearest_centroid": float(
+            (listener.classify(features) == found.codes(features)).mean()
+        ),
     }
+    path = work / "reports" / "hearing.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    console.print_json(data=report)
 
 
-def _in_half(key: str) -> bool:
-    """Matrices may be stored in half precision; the spectrum's may not, whose phases must cancel."""
-    if not key.endswith("weight") or key == "feature_extractor.conv_layers.0.0.weight":
-        return False
-    return key.startswith(("encoder.layers.", "post_extract_proj")) or key.endswith(".0.weight")
+def _save(content: dict[str, Any], path: Path) -> None:
+    """Whole or not at all; the same bytes for the same content (hence the handle, not a name)."""
+    draft = path.with_suffix(".tmp")
+    with draft.open("wb") as handle:
+        torch.save(content, handle)
+    draft.replace(path)
+
+
+if __name__ == "__main__":
+    typer.run(main)

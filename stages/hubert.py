@@ -42,9 +42,9 @@ class Hubert(nn.Module):
         super().__init__()
         self.model = HubertModel(config)
         if config.do_stable_layer_norm:  # pre-norm: the output of a layer comes before this norm
-            self.model.encoder.layer_norm = nn.Identity()
+            self.model.encoder.register_module("layer_norm", nn.Identity())
         if not projected:
-            self.model.feature_projection.projection = nn.Identity()
+            self.model.feature_projection.register_module("projection", nn.Identity())
         # Folding the weight norm saves time at run time and spares an export the detour.
         positions = self.model.encoder.pos_conv_embed.conv
         if parametrize.is_parametrized(positions):
@@ -133,7 +133,6 @@ def _config(cfg: Mapping[str, Any], state: Mapping[str, Any], path: Path) -> Hub
         conv_dim=dims,
         conv_kernel=kernels,
         conv_stride=strides,
-        num_feat_extract_layers=len(dims),
         conv_bias=cfg.get("conv_bias", False),
         do_stable_layer_norm=cfg.get("layer_norm_first", False),
         num_conv_pos_embeddings=key("conv_pos", int),

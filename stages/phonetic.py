@@ -8,6 +8,7 @@ as soon as its window is complete.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,13 +62,14 @@ class Quantizer(nn.Sequential):
 
     def __init__(self, dim: int, upstream: int, classes: int) -> None:
         m = upstream - classes
-        widths = [dim, dim - m // 4, dim - m // 2, classes]
-        first, second, third = (nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        widths = (dim, dim - m // 4, dim - m // 2, classes)
+        first, second, third = (nn.Linear(a, b) for a, b in itertools.pairwise(widths))
         super().__init__(first, nn.LeakyReLU(), second, nn.LeakyReLU(), third)
+        self.width, self.classes = dim, classes
 
 
 class PhoneticNetwork(nn.Module):
-    """``forward``: waves ``[B, n]`` to features ``[B, T, width]`` and logits ``[B, T, classes]``."""
+    """``forward``: waves ``[B, n]`` to features ``[B, T, width]``, logits ``[B, T, classes]``."""
 
     def __init__(self, hubert: Hubert, quantizer: Quantizer) -> None:
         super().__init__()
@@ -102,7 +104,7 @@ class PhoneticEncoder:
         self.window = window
         self.hop = network.hubert.hop
         self.width = network.hubert.width
-        self.classes: int = network.quantizer[-1].out_features
+        self.classes = network.quantizer.classes
         self.blank = self.classes - 1
         self._graph = graph
 
@@ -119,17 +121,22 @@ class PhoneticEncoder:
         checkpoint = _mapping(load_state(layout.hubert), layout.hubert)
         hubert = build_hubert(checkpoint, layout.hubert)
         quantizer = load_quantizer(layout.quantizer)
-        if quantizer[0].in_features != hubert.width:
+        if quantizer.width != hubert.width:
             raise CheckpointError(
-                f"{layout.quantizer}: takes features of width {quantizer[0].in_features}, but "
+                f"{layout.quantizer}: takes features of width {quantizer.width}, but "
                 f"{layout.hubert.name} gives {hubert.width}. Do the two belong together?"
             )
-        window = _window(checkpoint["model_cfg"].get("window"), layout.hubert)
+        window = read_window(checkpoint["model_cfg"], layout.hubert)
+        if window is not None and any(hubert.frames(n * hubert.hop) != n for n in (1, 99)):
+            raise CheckpointError(
+                f"{layout.hubert}: with a window, every {hubert.hop} samples must give one frame; "
+                "model_cfg.input_padding does not fit model_cfg.conv_feature_layers"
+            )
         return cls(PhoneticNetwork(hubert, quantizer), window, device, graph)
 
     def frames(self, samples: int) -> int:
         """Unit frames of an utterance of ``samples`` samples."""
-        return self.network.hubert.frames(samples)
+        return samples // self.hop if self.window else self.network.hubert.frames(samples)
 
     def frames_ready(self, samples: int) -> int:
         """Frames that are final when ``samples`` samples of an unfinished utterance are there."""
@@ -236,7 +243,9 @@ def load_quantizer(path: Path) -> Quantizer:
     return quantizer.eval().requires_grad_(False)
 
 
-def _window(value: Any, path: Path) -> Window | None:
+def read_window(cfg: Mapping[str, Any], path: Path) -> Window | None:
+    """The ``window`` of a ``model_cfg``; :class:`CheckpointError` where it makes no sense."""
+    value = cfg.get("window")
     if value is None:
         return None
     sizes = [require(value, key, f"{path}: model_cfg.window", int) for key in _WINDOW_KEYS]

@@ -30,6 +30,7 @@ CHUNK_SAMPLES = 320
 """20 ms: what a sound card hands over at a time."""
 
 _BLOCK_SECONDS = 0.5  # of file read at a time
+_RATES = (2_000, 768_000)  # Hz; what speech can be in, and what converters do
 _READS = "WAV, FLAC, OGG, MP3 or another format that libsndfile reads"
 _FORMATS = {
     ".wav": ("WAV", "PCM_16"),
@@ -62,8 +63,13 @@ def check_audio(path: str | Path, max_seconds: float = 3600.0) -> soundfile._Sou
         raise UserError(f"{path}: cannot be read ({error.strerror}); check its rights") from None
     except (soundfile.LibsndfileError, RuntimeError, TypeError):
         raise UserError(f"{path}: is not audio; expected {_READS}") from None
-    if info.frames <= 0 or info.samplerate <= 0:
+    if info.frames <= 0:
         raise UserError(f"{path}: holds no audio at all (0 samples); record it again")
+    if not _RATES[0] <= info.samplerate <= _RATES[1]:
+        raise UserError(
+            f"{path}: has a sampling rate of {info.samplerate} Hz, expected {_RATES[0]} to "
+            f"{_RATES[1]}; export the audio again"
+        )
     if info.duration > max_seconds:
         raise UserError(
             f"{path}: is {_hours(info.duration)} long, more than the {_hours(max_seconds)} of "

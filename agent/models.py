@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from agent.config import Config
 from agent.errors import UserError
 from agent.graphs import Progress, graphs
 from agent.reply import Dialogue
+from stages import SAMPLE_RATE
 from stages.checkpoint import CheckpointError, Layout
 from stages.encoder import SpeechTokenizer, UnitEncoder
 from stages.lm import LanguageModel
 from stages.runtime import Graph
 from stages.text import Tokenizer
-from stages.units import HUBERT, PITCH, STYLE
+from stages.units import HUBERT, PITCH, STYLE, Unit
 from stages.vad import VoiceActivityDetector
 from stages.vocoder import Vocoder
 from stages.vocoder_stream import StreamingVocoder
@@ -58,7 +60,7 @@ class Models:
         device = torch_device(config.model.device)
         made = _graphs(config, layout, progress)
         dtype = None if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
-        return cls(
+        models = cls(
             config,
             layout,
             Tokenizer.load(layout),
@@ -66,6 +68,21 @@ class Models:
             LanguageModel.load(layout, device, dtype),
             Vocoder.load(layout, device, made.get("vocoder"), made.get("durations")),
         )
+        models.warm_up()
+        return models
+
+    def warm_up(self) -> None:
+        """Run everything once: the first call of a graph or a kernel takes several times as long,
+        and should not fall into somebody's first turn."""
+        noise = np.random.default_rng(0).normal(0, 0.01, SAMPLE_RATE).astype(np.float32)
+        self.speech_tokenizer.encode(noise, allow_unvoiced=True)
+        self.lm.append([self.tokenizer.bos] * 16)
+        self.lm.append([self.tokenizer.speech_tag])
+        self.lm.reset()
+        vocoder = self.vocoder()
+        for kind in (STYLE, PITCH, HUBERT):
+            vocoder.push(Unit(kind, 0))
+        vocoder.flush()
 
     def vad(self) -> VoiceActivityDetector:
         """A detector at the start of a session."""

@@ -9,6 +9,7 @@ weight in the loss and the losses in the log follow.
     typed        [Text]{transcript} | {reply}[Speech]{reply spoken}</s>
     asr          [Speech]{anything}[Text]{transcript} |
     phrase       the same of one to four words: these teach where to look
+    collage      the same of phrases of several recordings: what was said before tells nothing
     tts          [Text]{sentence}[Speech]{spoken in the reply voice}</s>
     interleaved  [Text]{words}[Speech]{the next words}[Text]... switching at random word boundaries
     speech       [Speech]{a reply or sentence in the reply voice}</s>
@@ -17,6 +18,7 @@ weight in the loss and the losses in the log follow.
 from __future__ import annotations
 
 import bisect
+from collections import defaultdict
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
@@ -35,10 +37,11 @@ STYLES = 5  # in use: neutral, lively, monotone, whispered, fast
 WRONG_STYLE = 0.2  # of the disturbed recordings
 
 DEFAULT_MIX = {
-    "dialog": 0.32,
-    "dialog_text": 0.23,
+    "dialog": 0.26,
+    "dialog_text": 0.20,
     "asr": 0.10,
-    "phrase": 0.05,
+    "phrase": 0.04,
+    "collage": 0.10,
     "tts": 0.12,
     "typed": 0.08,
     "interleaved": 0.07,
@@ -78,6 +81,9 @@ class Streams:
         ]
         self._any = corpus.recordings
         self._with_words = [r for r in self._any if r.words]
+        self._by_voice: dict[str, list[Recording]] = defaultdict(list)
+        for recording in self._with_words:
+            self._by_voice[recording.voice].append(recording)
 
     def batch(self, step: int, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids and kinds, both ``[rows, length + 1]``; the same step gives the same batch."""
@@ -120,20 +126,35 @@ class Streams:
         return [*self._heard(rng, recording), self._written(recording), ending, self._masked_end]
 
     def _phrase(self, rng: np.random.Generator) -> list[Part]:
-        recording, v = _pick(rng, self._with_words), self.vocabulary
-        words = recording.words or []
-        count = min(len(words), int(rng.integers(1, 5)))
-        a = int(rng.integers(len(words) - count + 1))
-        first, last = self._between(recording, a, a + count)
-        ids = recording.ids[first:last]
-        if first > 0:  # speech always begins with its style
-            ids = np.concatenate((recording.ids[:1], ids))
-        text = " ".join(w for w, _, _ in words[a : a + count]).lower()
+        return self._phrases(rng, 1, longest=4)
+
+    def _collage(self, rng: np.random.Generator) -> list[Part]:
+        return self._phrases(rng, int(rng.integers(2, 5)), longest=3)
+
+    def _phrases(self, rng: np.random.Generator, count: int, longest: int) -> list[Part]:
+        """Speech of ``count`` phrases out of recordings of one voice, and their transcript."""
+        v = self.vocabulary
+        recordings = self._by_voice[_pick(rng, list(self._by_voice))]
+        heard: list[np.ndarray] = []
+        text: list[str] = []
+        for _ in range(count):
+            recording = _pick(rng, recordings)
+            words = recording.words or []
+            size = min(len(words), int(rng.integers(1, longest + 1)))
+            a = int(rng.integers(len(words) - size + 1))
+            first, last = self._between(recording, a, a + size)
+            if not heard and first > 0:  # speech always begins with its style
+                heard.append(recording.ids[:1])
+            heard.append(recording.ids[first:last])
+            text += [w for w, _, _ in words[a : a + size]]
+        ids = np.concatenate(heard)
+        if self.noise > 0 and rng.random() < 0.5:
+            ids = self._disturb(rng, ids)
         return [
             (_ids(v.speech_tag), MASKED),
             (ids, MASKED),
             (_ids(v.text_tag), MASKED),
-            (v.text(text), TRANSCRIPT),
+            (v.text(" ".join(text).lower()), TRANSCRIPT),
             (self._separator, TRANSCRIPT),
             self._masked_end,
         ]

@@ -217,6 +217,23 @@ def test_interleaving_keeps_every_word_once(streams: lm_data.Streams, seed: int)
     assert written == [w for w in words if w in written]
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_collage_is_speech_of_one_voice_with_its_words(
+    streams: lm_data.Streams, seed: int
+) -> None:
+    parts = streams._collage(np.random.default_rng(seed))
+    decode = streams.vocabulary.processor.DecodeIds
+    words = decode(parts[3][0].tolist()).split()
+    spoken = decode(parts[1][0].tolist())
+    one_voice = [
+        {w.lower() for r in recordings for w, _, _ in r.words or []}
+        for recordings in streams._by_voice.values()
+    ]
+    assert any(set(words) <= known for known in one_voice)
+    assert spoken.startswith("[St") and spoken.count("[Hu") >= len(words)
+    assert decode(parts[4][0].tolist()).strip() == "|"
+
+
 def test_noise_changes_phonetic_units_and_the_style_as_a_whole(
     corpora: dict[str, lm_corpus.Corpus], vocabulary: lm_corpus.Vocabulary
 ) -> None:

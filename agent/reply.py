@@ -1,6 +1,6 @@
 """How a turn is written into the token stream, and how the reply is read out of it.
 
-The stream begins with one beginning-of-sequence token; turns follow each other in one cache::
+The stream begins as every prompt does; turns follow each other in one cache::
 
     [Speech]{request units}[Text]{transcript}{separator}{reply}[Speech]{reply units}</s>
 
@@ -79,6 +79,8 @@ class Dialogue:
         for mask in self._masks.values():
             mask[banned] = False
         self._kinds = frozenset(tokenizer.kinds)
+        # What sentencepiece puts before a prompt: the beginning of the sequence, a word boundary.
+        self._prefix = tokenizer.encode(Modality.SPEECH.tag)[:-1]
         self._starts: list[int] = []  # where each turn begins in the cache
         self._units_from = 0  # where the request's units begin
         self._open = False  # a turn has begun and not been closed
@@ -90,7 +92,7 @@ class Dialogue:
         self._clear_counts()
         self._slide()
         if not self._lm.length:
-            self._lm.append([self._tokenizer.bos])
+            self._lm.append(self._prefix)
         self._open = True
         self._starts.append(self._lm.length)
         self._lm.append([self._tokenizer.speech_tag])
@@ -188,8 +190,8 @@ class Dialogue:
         kept = [start for start in self._starts if len(ids) - start <= limit // 2]
         first = kept[0] if kept else len(ids)
         self._lm.reset()
-        self._lm.append([self._tokenizer.bos, *ids[first:]])
-        self._starts = [start - first + 1 for start in kept]
+        self._lm.append([*self._prefix, *ids[first:]])
+        self._starts = [start - first + len(self._prefix) for start in kept]
 
     @property
     def counts(self) -> dict[str, int]:

@@ -66,9 +66,9 @@ def said(talk: Dialogue) -> list[Piece]:
     return [piece for piece in talk.reply() if piece is not None]
 
 
-def tokens(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a string in the middle of the stream."""
-    return tokenizer.encode(text, bos=False)[1:]
+def opening(tokenizer: Tokenizer) -> list[int]:
+    """How a prompt of speech begins."""
+    return tokenizer.encode("[Speech]")
 
 
 def test_a_turn_is_request_transcript_reply_and_its_sound(tokenizer: Tokenizer) -> None:
@@ -84,7 +84,7 @@ def test_a_turn_is_request_transcript_reply_and_its_sound(tokenizer: Tokenizer) 
     assert [p.unit.index for p in pieces if isinstance(p, SaidUnit)] == [7, 8]
     request = [tokenizer.unit_id("Hu", i) for i in (1, 2)]
     assert model.ids == [
-        tokenizer.bos, tokenizer.speech_tag, *request, tokenizer.text_tag, *words,
+        *opening(tokenizer), *request, tokenizer.text_tag, *words,
         tokenizer.speech_tag, *units, tokenizer.eos,
     ]  # fmt: skip
 
@@ -95,7 +95,9 @@ def test_provisional_units_are_replaced_from_where_they_differ(tokenizer: Tokeni
     talk.hear(0, frames(1, 2, 3, 4))
     fed = model.fed
     talk.hear(1, frames(2, 3, 9))
-    assert model.ids[2:] == [tokenizer.unit_id("Hu", i) for i in (1, 2, 3, 9)]
+    assert model.ids[len(opening(tokenizer)) :] == [
+        tokenizer.unit_id("Hu", i) for i in (1, 2, 3, 9)
+    ]
     assert model.fed == fed + 1, "what is in the cache already is not fed again"
     assert talk.counts["rewound_tokens"] == 1
 
@@ -116,7 +118,7 @@ def test_a_turn_that_is_never_answered_leaves_nothing_behind(tokenizer: Tokenize
     talk.begin()
     talk.hear(0, frames(1, 2))
     talk.begin()
-    assert model.ids == [tokenizer.bos, tokenizer.speech_tag]
+    assert model.ids == opening(tokenizer)
 
 
 def test_a_model_that_never_ends_its_text_is_made_to_speak(tokenizer: Tokenizer) -> None:
@@ -156,7 +158,7 @@ def test_a_long_conversation_keeps_its_latest_turns(tokenizer: Tokenizer) -> Non
         talk.begin()
         talk.hear(0, frames(turn))
         said(talk)
-        assert model.ids[0] == tokenizer.bos
-        assert model.ids[1] == tokenizer.speech_tag
+        start = opening(tokenizer)
+        assert model.ids[: len(start)] == start
         assert model.length < 300
     assert model.ids.count(tokenizer.eos) >= 2, "more than the last turn is remembered"

@@ -16,6 +16,7 @@ from rapidfuzz.distance import Levenshtein
 
 from recipes import domain
 from recipes.corpus import Job, record
+from recipes.front_end import Constants
 from recipes.strangers import human_prompts, joe_requests
 from recipes.whisper import WhisperEncoder, log_mel
 from recipes.windows import Listener
@@ -86,23 +87,23 @@ def _by_voice(rows: Iterable[Row], work: Path, limit: int = 8) -> dict[str, list
 def _teacher(
     listener: Listener, teacher: WhisperEncoder, waves: Sequence[np.ndarray]
 ) -> dict[str, float]:
-    """Units of the constructed network against those of the blocks on Whisper's own log-mel."""
-    pool = listener.hubert.pool
-    agree, streamed, distance, frames = 0.0, 0.0, [], 0
+    """Units of the constructed network against those of the blocks on a log-mel spectrogram.
+
+    Once with the logarithm's floor as it is constructed, which judges the construction; once with
+    Whisper's own, which hangs on the utterance's loudest frame and cannot be streamed.
+    """
+    pool, floor = listener.hubert.pool, Constants().floor
+    found: dict[str, list[np.ndarray]] = defaultdict(list)
     for wave in waves:
         wave = wave[: listener.hubert.frames(len(wave)) * listener.hubert.hop]
-        heard = teacher.features(log_mel(torch.from_numpy(wave)))
-        pooled = heard.view(-1, pool, heard.shape[-1]).mean(1).numpy()
-        theirs, ours = listener.classify(pooled), listener.classify(listener.whole(wave))
-        agree += float((theirs == ours).sum())
-        streamed += float((ours == listener.classify(listener.features(wave))).sum())
-        distance.append(unit_distance(theirs, ours))
-        frames += len(ours)
-    return {
-        "frames_equal": agree / max(frames, 1),
-        "unit_distance": float(np.mean(distance)) if distance else float("nan"),
-        "windowed_equal_to_whole": streamed / max(frames, 1),
-    }
+        ours = listener.classify(listener.whole(wave))
+        found["windowed_equal_to_whole"].append(ours == listener.classify(listener.features(wave)))
+        for name, soft in (("", floor), ("_with_whispers_floor", None)):
+            heard = teacher.features(log_mel(torch.from_numpy(wave), soft))
+            theirs = listener.classify(heard.view(-1, pool, heard.shape[-1]).mean(1).numpy())
+            found[f"frames_equal{name}"].append(theirs == ours)
+            found[f"unit_distance{name}"].append(np.array([unit_distance(theirs, ours)]))
+    return {key: float(np.concatenate(values).mean()) for key, values in sorted(found.items())}
 
 
 def _phones(listener: Listener, rows: Iterable[Row], work: Path) -> dict[str, dict[str, float]]:

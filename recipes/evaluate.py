@@ -2,17 +2,17 @@
 
 Everything is measured on heldout material: requests in phrasings that training never saw, in
 voices it knew (from other sentences) and in voices it never heard; book sentences for the vocoder.
-Writes {work}/reports/evaluation.json, a few replies as wav files, and the model card.
+Writes {work}/reports/evaluation.json, a few replies as wav files, and the model card; every answer
+is kept in {work}/evaluation, so that an interrupted run goes on.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import random
-import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,97 +23,18 @@ from rich.progress import track
 
 from recipes import domain, report
 from recipes.corpus import read_manifest
+from recipes.nano import Nano, fingerprint
 from recipes.scoring import RECOGNIZER, Recognizer, rate, spoken, word_errors
 from recipes.strangers import human_prompts, joe_requests
 from recipes.voices import SAMPLE_RATE, VOICES
-from stages.checkpoint import find_layout
-from stages.encoder import SpeechTokenizer
-from stages.lm import LanguageModel, Sampling
-from stages.prompt import Modality
-from stages.text import Tokenizer
-from stages.units import units_to_string
-from stages.vocoder import Vocoder, VocoderError
+from stages.lm import Sampling
 
-SEPARATOR = "|"  # between what nano heard and what it answers
-LONGEST_TEXT = 80  # tokens
-LONGEST_REPLY = 500  # tokens, about 15 s
 SPOKEN = 200  # heldout requests per group whose replies are also spoken
+VOCODED = 60  # sentences per group for the vocoder alone
+JOE = 150  # requests in the unseen voice joe
 PLAYED = 12  # replies kept as wav files
 
 Row = dict[str, Any]
-
-
-@dataclass
-class Turn:
-    """One answer: what nano heard, what it says, and how long each part took, in seconds."""
-
-    heard: str
-    reply: str
-    units: str = ""
-    tokens: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-
-
-class Nano:
-    """The shipped model, through the same stages that the agent runs."""
-
-    def __init__(self, checkpoint: Path, sampling: Sampling) -> None:
-        layout = find_layout(checkpoint)
-        self.ears = SpeechTokenizer.load(layout)
-        self.text = Tokenizer.load(layout)
-        self.lm = LanguageModel.load(layout)
-        self.voice = Vocoder.load(layout)
-        self.sampling = sampling
-        self._text = self.text.mask(Modality.TEXT, also=[self.text.speech_tag])
-        self._speech = self.text.mask(Modality.SPEECH)
-
-    def encode(self, wave: np.ndarray) -> str:
-        """A recording as the token string that the language model reads; whispers too."""
-        return units_to_string(self.ears.encode(wave, allow_unvoiced=True))
-
-    def listen(self, wave: np.ndarray) -> Turn:
-        """Encode a request, transcribe it and form the reply as text (both greedily)."""
-        began = time.perf_counter()
-        prompt = f"[Speech]{self.encode(wave)}[Text]"
-        encoded = time.perf_counter()
-        self.lm.reset()
-        self.lm.append(self.text.encode(prompt))
-        filled = time.perf_counter()
-        ids: list[int] = []
-        while len(ids) < LONGEST_TEXT:
-            ids.append(self.lm.decode(Sampling(greedy=True), self._text))
-            if ids[-1] in (self.text.speech_tag, self.text.eos):
-                break
-        else:
-            self.lm.append([self.text.speech_tag])
-        heard, _, reply = self.text.decode(ids[:-1]).partition(SEPARATOR)
-        turn = Turn(heard.strip(), reply.strip(), tokens=len(ids))
-        now = time.perf_counter()
-        turn.seconds = {
-            "encode": encoded - began,
-            "prefill": filled - encoded,
-            "text": now - filled,
-        }
-        return turn
-
-    def answer(self, turn: Turn) -> np.ndarray:
-        """Speak the reply of a turn that :meth:`listen` has just made; empty if nothing comes."""
-        began = time.perf_counter()
-        ids: list[int] = []
-        while len(ids) < LONGEST_REPLY:
-            ids.append(self.lm.decode(self.sampling, self._speech))
-            if ids[-1] == self.text.eos:
-                break
-        turn.units = self.text.decode([i for i in ids if i != self.text.eos])
-        turn.tokens += len(ids)
-        spoken_at = time.perf_counter()
-        try:
-            wave = self.voice.decode(turn.units)
-        except VocoderError:
-            wave = np.zeros(0, np.float32)
-        turn.seconds["units"] = spoken_at - began
-        turn.seconds["vocoder"] = time.perf_counter() - spoken_at
-        return wave
 
 
 # ------------------------------------------------------------------------------ what is measured
@@ -153,34 +74,64 @@ def measure_vocoder(
 
 
 def measure_dialogs(
-    nano: Nano, judge: Recognizer, world: domain.Domain, rows: Sequence[tuple[Row, np.ndarray]],
-    speak: int, keep: Path | None = None,
+    nano: Nano, judge: Recognizer, world: domain.Domain, rows: Sequence[tuple[Row, Path]],
+    speak: int, done: Path, keep: Path | None = None,
 ) -> list[Row]:  # fmt: skip
-    """Every request answered; the first ``speak`` replies also spoken and recognised."""
-    results = []
-    for number, (row, wave) in enumerate(track(rows, "requests")):
-        request = world.by_transcript[row["transcript"]]
-        slots = dict(request.slots)
-        turn = nano.listen(wave)
-        result: Row = {
-            "voice": row["voice"],
-            "text": row["text"],
-            "heard": turn.heard,
-            "reply": turn.reply,
-            "right": world.is_right(request.intent, slots, turn.reply),
-            "recognizer": judge.hear(wave),
-            "request_seconds": len(wave) / SAMPLE_RATE,
-        }
-        if number < speak:
-            reply = nano.answer(turn)
-            result["reply_heard"] = judge.hear(reply)
-            result["right_spoken"] = world.is_right(request.intent, slots, result["reply_heard"])
-            result["reply_seconds"] = len(reply) / SAMPLE_RATE
-            if keep is not None and number < PLAYED and len(reply):
-                name = f"{number:02d}-{spoken(row['text']).replace(' ', '_')[:50]}.wav"
-                soundfile.write(keep / name, reply, SAMPLE_RATE, subtype="PCM_16")
-        results.append(result | {"tokens": turn.tokens, "seconds": turn.seconds})
-    return results
+    """Every request answered; the first ``speak`` replies also spoken and recognised.
+
+    ``rows`` are rows of a manifest with the folder of their waves. Results are added to the file
+    ``done`` at once, and what is there already is not measured again.
+    """
+    results = {row["id"]: row for row in read_rows(done)}
+    with done.open("a", encoding="utf-8") as lines:
+        for number, (row, folder) in enumerate(track(rows, "requests")):
+            aloud = number < speak
+            if row["id"] in results and (not aloud or "reply_heard" in results[row["id"]]):
+                continue
+            name = None
+            if keep is not None and number < PLAYED:
+                name = keep / f"{number:02d}-{spoken(row['text']).replace(' ', '_')[:50]}.wav"
+            result = measure_one(nano, judge, world, row, folder, aloud, name)
+            results[row["id"]] = result
+            lines.write(json.dumps(result, ensure_ascii=False) + "\n")
+            lines.flush()
+    return [results[row["id"]] for row, _ in rows]
+
+
+def measure_one(
+    nano: Nano, judge: Recognizer, world: domain.Domain, row: Row, folder: Path, aloud: bool,
+    keep: Path | None = None,
+) -> Row:  # fmt: skip
+    """One request answered, if ``aloud`` in speech; ``keep``: where to write that."""
+    request = world.by_transcript[row["transcript"]]
+    slots = dict(request.slots)
+    wave = load_wave(folder / row["wav"])
+    turn = nano.listen(wave)
+    result: Row = {key: row[key] for key in ("id", "voice", "style", "intent", "text")} | {
+        "heard": turn.heard,
+        "reply": turn.reply,
+        "right": world.is_right(request.intent, slots, turn.reply),
+        "recognizer": judge.hear(wave),
+        "request_seconds": len(wave) / SAMPLE_RATE,
+    }
+    if aloud:
+        reply = nano.answer(turn)
+        result["reply_heard"] = judge.hear(reply)
+        result["right_spoken"] = world.is_right(request.intent, slots, result["reply_heard"])
+        result["reply_seconds"] = len(reply) / SAMPLE_RATE
+        if keep is not None and len(reply):
+            soundfile.write(keep, reply, SAMPLE_RATE, subtype="PCM_16")
+    return result | {"tokens": turn.tokens, "seconds": turn.seconds}
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The complete lines of a file of JSON lines; [] where there is none."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    if lines[-1]:  # an interrupted run left half a line: the next one must not go on in it
+        path.write_text("".join(line + "\n" for line in lines[:-1]), encoding="utf-8")
+    return [json.loads(line) for line in lines[:-1] if line]
 
 
 def by_voice(results: Sequence[Row]) -> dict[str, Row]:
@@ -224,6 +175,7 @@ def speed(results: Sequence[Row]) -> Row:
     request = sum(row["request_seconds"] for row in aloud)
     return {
         "machine": f"{platform.machine()}, {_processor()}",
+        "load": round(os.getloadavg()[0], 1),
         "lm_tokens_per_second": round(tokens / total("text", "units"), 1),
         "lm_tokens_per_second_of_reply": round(tokens / reply, 1),
         "encoder_rtf": round(total("encode") / request, 3),
@@ -261,56 +213,71 @@ def evaluate(
     import torch
 
     torch.set_num_threads(threads)
-    folder = work / "corpus"
-    rows = [row for row in read_manifest(folder) if row["split"] == "heldout"]
-    if not rows:
+    folder, reports = work / "corpus", work / "reports"
+    rows = read_manifest(folder)
+    if not any(row["split"] == "heldout" for row in rows):
         raise FileNotFoundError(f"no heldout recordings in {folder}: run `recipes corpus` first")
     sampling = sampling or Sampling(temperature=0.7, top_p=0.9, seed=seed)
-    nano, judge, world = Nano(checkpoint, sampling), Recognizer(threads), domain.build(seed)
+    nano, judge = Nano(checkpoint, sampling), Recognizer(threads)
+    world = domain.build(_corpus_seed(reports))
     keep = work / "evaluation" / "replies"
     keep.mkdir(parents=True, exist_ok=True)
+    mark = fingerprint(checkpoint, sampling)
+    done = {g: work / "evaluation" / f"{g}-{mark}.jsonl" for g in ("trained", "unseen")}
 
-    heart = [row for row in rows if row["voice"] == "heart"]
-    sets = {
-        "domain": choose((r for r in heart if r["role"] == "request"), min(limit or 60, 60), seed),
-        "book": choose((r for r in heart if r["role"] == "book"), min(limit or 60, 60), seed),
-    }
-    asked = [r for r in rows if r["role"] == "request" and r["transcript"] in world.by_transcript]
-    trained = choose((r for r in asked if VOICES[r["voice"]].trained), limit, seed)
-    unseen = choose((r for r in asked if not VOICES[r["voice"]].trained), limit, seed)
-    joe = joe_requests(world, work, min(limit or 150, 150), seed)
-
-    def loaded(some: Sequence[Row], where: Path) -> list[tuple[Row, np.ndarray]]:
-        return [(row, load_wave(where / row["wav"])) for row in some]
-
-    known = {
-        w for r in read_manifest(folder) if r["split"] == "train" for w in spoken(r["text"]).split()
-    }
-    strangers = loaded(unseen, folder) + loaded(joe, work / "evaluation")
+    sets = choose_sets(rows, world, limit, seed)
+    strangers = [(row, folder) for row in sets["unseen"]]
+    joe = joe_requests(world, work, min(limit or JOE, JOE), seed)
+    strangers += [(row, work / "evaluation") for row in joe]
     random.Random(seed).shuffle(strangers)
-    trained_results = measure_dialogs(
-        nano, judge, world, loaded(trained, folder), spoken_limit, keep
-    )
-    unseen_results = measure_dialogs(nano, judge, world, strangers, spoken_limit)
-    prompts = human_prompts(known, limit)
+    known = [(row, folder) for row in sets["trained"]]
+    trained = measure_dialogs(nano, judge, world, known, spoken_limit, done["trained"], keep)
+    unseen = measure_dialogs(nano, judge, world, strangers, spoken_limit, done["unseen"])
+    words = {w for r in rows if r["split"] == "train" for w in spoken(r["text"]).split()}
+    prompts = human_prompts(words, limit)
     result = {
         "recognizer": RECOGNIZER,
         "checkpoint": str(checkpoint),
+        "fingerprint": mark,
         "sampling": {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": seed},
-        "vocoder": measure_vocoder(nano, judge, folder, sets),
-        "voices": by_voice([*trained_results, *unseen_results]),
-        "trained": together(trained_results),
-        "unseen": together(unseen_results),
+        "vocoder": measure_vocoder(
+            nano, judge, folder, {name: sets[name] for name in ("domain", "book")}
+        ),
+        "voices": by_voice([*trained, *unseen]),
+        "trained": together(trained),
+        "unseen": together(unseen),
         "human": measure_human(nano, judge, prompts) if prompts else None,
-        "speed": speed(trained_results),
-        "examples": [_example(row) for row in trained_results[:12]],
+        "speed": speed(trained),
+        "examples": [_example(row) for row in trained[:12]],
     }
-    (work / "reports").mkdir(exist_ok=True)
-    details = {"trained": trained_results, "unseen": unseen_results}
-    for name, content in (("evaluation", result), ("evaluation-details", details)):
-        text = json.dumps(content, indent=2, ensure_ascii=False)
-        (work / "reports" / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    reports.mkdir(exist_ok=True)
+    text = json.dumps(result, indent=2, ensure_ascii=False)
+    (reports / "evaluation.json").write_text(text + "\n", encoding="utf-8")
     return result
+
+
+def choose_sets(
+    rows: Iterable[Row], world: domain.Domain, limit: int | None, seed: int
+) -> dict[str, list[Row]]:
+    """The heldout recordings to measure: requests in known and in unseen voices, and for the
+    vocoder requests ("domain") and book sentences of the reply voice."""
+    heldout = [row for row in rows if row["split"] == "heldout"]
+    asked = [
+        r for r in heldout if r["role"] == "request" and r["transcript"] in world.by_transcript
+    ]
+    few = min(limit or VOCODED, VOCODED)
+    heart = [row for row in heldout if row["voice"] == "heart"]
+    return {
+        "domain": choose((row for row in heart if row["role"] == "request"), few, seed),
+        "book": choose((row for row in heart if row["role"] == "book"), few, seed),
+        "trained": choose((row for row in asked if VOICES[row["voice"]].trained), limit, seed),
+        "unseen": choose((row for row in asked if not VOICES[row["voice"]].trained), limit, seed),
+    }
+
+
+def _corpus_seed(reports: Path) -> int:
+    path = reports / "corpus.json"
+    return int(json.loads(path.read_text(encoding="utf-8"))["seed"]) if path.is_file() else 0
 
 
 def _example(row: Row) -> Row:

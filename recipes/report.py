@@ -147,7 +147,7 @@ def _figures(result: Row) -> Iterator[str]:
     speed = result["speed"]
     if speed:
         yield (
-            f"Speed on {speed['machine']}, one thread: language model "
+            f"Speed on {speed['machine']}, one thread, load {speed['load']}: language model "
             f"{speed['lm_tokens_per_second']} tokens/s where a second of reply has "
             f"{speed['lm_tokens_per_second_of_reply']}; encoder {speed['encoder_rtf']} of real "
             f"time, vocoder {speed['vocoder_rtf']}, everything after the request "

@@ -106,8 +106,8 @@ def test_a_turn_goes_through_every_stage(
     tmp_path: Path, kit: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kit's random weights say nothing sensible, but they go the whole way."""
-    from recipes import evaluate
-    from recipes.evaluate import LONGEST_TEXT, Nano, speed
+    from recipes import nano as shipped
+    from recipes.evaluate import speed
     from stages.lm import Sampling
 
     models = kit / "checkpoints" / "spiritlm_model"
@@ -115,12 +115,35 @@ def test_a_turn_goes_through_every_stage(
     (tmp_path / "spiritlm_model").mkdir()
     (tmp_path / "spiritlm_model" / expressive.name).symlink_to(expressive)
     (tmp_path / "speech_tokenizer").symlink_to(kit / "checkpoints" / "speech_tokenizer")
-    monkeypatch.setattr(evaluate, "LONGEST_REPLY", 40)
-    nano = Nano(tmp_path, Sampling(seed=1))
+    monkeypatch.setattr(shipped, "LONGEST_REPLY", 40)
+    nano = shipped.Nano(tmp_path, Sampling(seed=1))
     wave = 0.1 * np.sin(np.cumsum(np.linspace(0.05, 0.1, 24_000)) % 3).astype(np.float32)
     turn = nano.listen(wave)
-    assert 0 < turn.tokens <= LONGEST_TEXT
+    assert 0 < turn.tokens <= shipped.LONGEST_TEXT
     reply = nano.answer(turn)
     assert reply.dtype == np.float32 and reply.ndim == 1
     row = {"tokens": turn.tokens, "seconds": turn.seconds, "reply_seconds": 1, "request_seconds": 2}
     assert speed([row])["lm_tokens_per_second"] > 0
+
+
+def test_an_interrupted_measurement_is_read_to_its_last_whole_line(tmp_path: Path) -> None:
+    from recipes.evaluate import read_rows
+
+    path = tmp_path / "trained.jsonl"
+    assert read_rows(path) == []
+    path.write_text('{"id": "one"}\n{"id": "tw')
+    assert read_rows(path) == [{"id": "one"}]
+    assert path.read_text() == '{"id": "one"}\n'
+
+
+def test_a_fingerprint_is_of_the_weights_and_not_of_the_card(tmp_path: Path) -> None:
+    from recipes.nano import fingerprint
+    from stages.lm import Sampling
+
+    (tmp_path / "weights.bin").write_bytes(b"one")
+    first = fingerprint(tmp_path, Sampling())
+    (tmp_path / "README.md").write_text("figures")
+    assert fingerprint(tmp_path, Sampling()) == first
+    assert fingerprint(tmp_path, Sampling(temperature=0.5)) != first
+    (tmp_path / "weights.bin").write_bytes(b"two")
+    assert fingerprint(tmp_path, Sampling()) != first

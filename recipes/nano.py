@@ -1,0 +1,105 @@
+"""The shipped model for measuring: one request at a time, through the stages of the agent."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from stages.checkpoint import find_layout
+from stages.encoder import SpeechTokenizer
+from stages.lm import LanguageModel, Sampling
+from stages.prompt import Modality
+from stages.text import Tokenizer
+from stages.units import units_to_string
+from stages.vocoder import Vocoder, VocoderError
+
+SEPARATOR = "|"  # between what nano heard and what it answers
+LONGEST_TEXT = 80  # tokens
+LONGEST_REPLY = 500  # tokens, about 15 s
+
+
+@dataclass
+class Turn:
+    """One answer: what nano heard, what it says, and how long each part took, in seconds."""
+
+    heard: str
+    reply: str
+    units: str = ""
+    tokens: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Nano:
+    """The shipped model, through the same stages that the agent runs."""
+
+    def __init__(self, checkpoint: Path, sampling: Sampling) -> None:
+        layout = find_layout(checkpoint)
+        self.ears = SpeechTokenizer.load(layout)
+        self.text = Tokenizer.load(layout)
+        self.lm = LanguageModel.load(layout)
+        self.voice = Vocoder.load(layout)
+        self.sampling = sampling
+        self._text = self.text.mask(Modality.TEXT, also=[self.text.speech_tag])
+        self._speech = self.text.mask(Modality.SPEECH)
+
+    def encode(self, wave: np.ndarray) -> str:
+        """A recording as the token string that the language model reads; whispers too."""
+        return units_to_string(self.ears.encode(wave, allow_unvoiced=True))
+
+    def listen(self, wave: np.ndarray) -> Turn:
+        """Encode a request, transcribe it and form the reply as text (both greedily)."""
+        began = time.perf_counter()
+        prompt = f"[Speech]{self.encode(wave)}[Text]"
+        encoded = time.perf_counter()
+        self.lm.reset()
+        self.lm.append(self.text.encode(prompt))
+        filled = time.perf_counter()
+        ids: list[int] = []
+        while len(ids) < LONGEST_TEXT:
+            ids.append(self.lm.decode(Sampling(greedy=True), self._text))
+            if ids[-1] in (self.text.speech_tag, self.text.eos):
+                break
+        else:
+            self.lm.append([self.text.speech_tag])
+        heard, _, reply = self.text.decode(ids[:-1]).partition(SEPARATOR)
+        turn = Turn(heard.strip(), reply.strip(), tokens=len(ids))
+        now = time.perf_counter()
+        turn.seconds = {
+            "encode": encoded - began,
+            "prefill": filled - encoded,
+            "text": now - filled,
+        }
+        return turn
+
+    def answer(self, turn: Turn) -> np.ndarray:
+        """Speak the reply of a turn that :meth:`listen` has just made; empty if nothing comes."""
+        began = time.perf_counter()
+        ids: list[int] = []
+        while len(ids) < LONGEST_REPLY:
+            ids.append(self.lm.decode(self.sampling, self._speech))
+            if ids[-1] == self.text.eos:
+                break
+        turn.units = self.text.decode([i for i in ids if i != self.text.eos])
+        turn.tokens += len(ids)
+        spoken_at = time.perf_counter()
+        try:
+            wave = self.voice.decode(turn.units)
+        except VocoderError:
+            wave = np.zeros(0, np.float32)
+        turn.seconds["units"] = spoken_at - began
+        turn.seconds["vocoder"] = time.perf_counter() - spoken_at
+        return wave
+
+
+def fingerprint(checkpoint: Path, sampling: Sampling) -> str:
+    """A short name for exactly these weights and this sampling."""
+    digest = hashlib.sha256(repr(sampling).encode())
+    for path in sorted(checkpoint.rglob("*")):
+        if path.is_file() and path.suffix != ".md":
+            digest.update(path.relative_to(checkpoint).as_posix().encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]

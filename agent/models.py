@@ -58,6 +58,8 @@ class Models:
         """
         layout = config.model.layout()
         device = torch_device(config.model.device)
+        if config.threads.lm:
+            torch.set_num_threads(config.threads.lm)
         made = _graphs(config, layout, progress)
         dtype = None if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
         models = cls(

@@ -76,7 +76,8 @@ class Pipeline:
         self._config = config
         self._clock = clock
         self._turns = Turns()
-        self._enough: set[int] = set()  # turns whose reply is long enough
+        self._enough: dict[int, int] = {}  # turns whose reply is long enough: units of it spoken
+        self._over: dict[int, asyncio.Event] = {}  # set once a turn's reply has been spoken
         self._traces: dict[int, TurnTrace] = {}
         self._arrivals = ArrivalClock()
         self._vad = models.vad()
@@ -215,6 +216,7 @@ class Pipeline:
         """Decode the reply to one request and pass it on as it comes."""
         worker, turn = self._workers["lm"], trace.turn
         before, ended = worker.busy, "complete"
+        over = self._over[turn] = asyncio.Event()
         steps = self._dialogue.reply()
         more = True
         while more:
@@ -236,6 +238,13 @@ class Pipeline:
         trace.decode_seconds = trace.work["decode"] = worker.busy - before
         trace.counts.update(self._dialogue.counts)
         await self._finish(trace, ended)
+        # How far the model was ahead of the vocoder when the limit came is chance: what it
+        # remembers of the reply must not be.
+        if not self._turns.stale(turn):
+            await over.wait()
+        if (spoken := self._enough.pop(turn, None)) is not None:
+            await worker.run(self._dialogue.cut, spoken)
+        del self._over[turn]
 
     async def _finish(self, trace: TurnTrace, ended: str) -> None:
         """Nothing more comes of this turn; said even of one that is past."""
@@ -254,7 +263,7 @@ class Pipeline:
                     quiet = await self._play(trace, chunk, quiet)
             except VocoderError as error:  # one reply that cannot be spoken ends no session
                 trace.ended = f"cannot be spoken: {error}"
-                self._enough.add(turn)
+                self._enough[turn] = 0
             trace.work["vocode"] = trace.work.get("vocode", 0.0) + worker.busy - before
             if reply.unit is None:
                 await self._end(trace)
@@ -283,14 +292,19 @@ class Pipeline:
         quiet = 0 if loud else quiet + len(samples)
         patience = self._config.reply.trailing_silence_s * SAMPLE_RATE
         if trace.reply_samples >= limit or quiet >= patience:
-            self._enough.add(trace.turn)
+            trace.ended = "long enough"
+            begun = (span.token + 1 for span in chunk.units if span.start < limit)
+            self._enough[trace.turn] = max(begun, default=0)
         return quiet
 
     async def _end(self, trace: TurnTrace) -> None:
         trace.channels = {channel.name: channel.counters.as_dict() for channel in self._channels}
         for turn in [t for t in self._traces if t <= trace.turn]:
-            self._enough.discard(turn)
             del self._traces[turn]
+        if trace.turn in self._over:
+            self._over[trace.turn].set()
+        else:
+            self._enough.pop(trace.turn, None)
         await self._events.put(TurnEnded(trace.turn, trace), _NEVER_PAST)
 
     async def _watch(self, tasks: Sequence[asyncio.Task[None]]) -> None:

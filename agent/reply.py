@@ -84,6 +84,7 @@ class Dialogue:
         self._starts: list[int] = []  # where each turn begins in the cache
         self._units_from = 0  # where the request's units begin
         self._open = False  # a turn has begun and not been closed
+        self._said: list[int] = []  # where each unit of the reply stands in the cache
         self._clear_counts()
 
     def begin(self) -> None:
@@ -118,6 +119,7 @@ class Dialogue:
 
     def reply(self) -> Steps:
         """Decode the reply. When it ends the turn is closed in the cache, also if it ends early."""
+        self._said = []
         try:
             if self._config.mode == "text-then-speech":
                 yield from self._plan()
@@ -125,6 +127,12 @@ class Dialogue:
             else:
                 yield from self._speak(Modality.parse(self._config.mode))
         finally:
+            self._close()
+
+    def cut(self, units: int) -> None:
+        """Of the reply that has just ended remember only the first ``units`` units."""
+        if units < len(self._said):
+            self._lm.rewind(self._said[units])
             self._close()
 
     def abandon(self) -> None:
@@ -166,6 +174,7 @@ class Dialogue:
                 if isinstance(said, Unit):
                     self._speech_tokens += 1
                     units.append(said)
+                    self._said.append(lm.length - 1)
                     yield SaidUnit(said)
                 elif isinstance(said, str):
                     self._text_tokens += 1

@@ -20,7 +20,7 @@ from stages.encoder import Revision
 from stages.units import Unit, UnitFrame
 from stages.vad import SpeechAudio, SpeechEnded, SpeechStarted, VadEvent
 from stages.vocoder import VocoderError
-from stages.vocoder_stream import AudioChunk
+from stages.vocoder_stream import AudioChunk, UnitSpan
 
 CHUNK = 320
 
@@ -84,6 +84,9 @@ class ScriptedDialogue:
     def abandon(self) -> None:
         self.log.append("abandon")
 
+    def cut(self, units: int) -> None:
+        self.log.append(f"cut to {units}")
+
     def reply(self) -> Steps:
         try:
             yield HeardText(" ".join(map(str, self.heard)))
@@ -111,7 +114,10 @@ class ScriptedVocoder:
     def push(self, unit: Unit) -> list[AudioChunk]:
         if unit.index == 66:
             raise VocoderError("unit 66 has no sound")
-        chunk = AudioChunk(np.full(640, unit.index / 100, np.float32), self.samples, ())
+        at = self.samples // 640
+        span = UnitSpan(at, at, self.samples, self.samples + 640)
+        wave = np.full(640, unit.index / 100, np.float32)
+        chunk = AudioChunk(wave, self.samples, (span,))
         self.samples += 640
         return [chunk]
 
@@ -279,10 +285,18 @@ def test_the_turn_after_an_interruption_is_answered() -> None:
 
 
 def test_a_reply_is_cut_at_its_limit() -> None:
-    events = converse(ScriptedDialogue(times=10_000), *speech(9), reply={"max_seconds": 0.5})
+    dialogue = ScriptedDialogue(times=10_000)
+    events = converse(dialogue, *speech(9), reply={"max_seconds": 0.5})
     samples = sum(len(event.samples) for event in of(ReplyAudio, events))
     assert samples == SAMPLE_RATE // 2
     assert of(TurnEnded, events)[0].trace.ended == "long enough"
+    assert dialogue.log == ["begin", "close", "cut to 13"], "it remembers what was spoken"
+
+
+def test_the_next_turn_begins_when_the_reply_before_has_been_spoken() -> None:
+    dialogue = ScriptedDialogue(times=40)
+    converse(dialogue, *speech(9), *speech(8), reply={"max_seconds": 0.5})
+    assert dialogue.log == ["begin", "close", "cut to 13"] * 2
 
 
 def test_a_reply_that_falls_silent_is_over() -> None:

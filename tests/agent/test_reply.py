@@ -113,6 +113,23 @@ def test_a_reply_let_go_of_early_still_closes_its_turn(tokenizer: Tokenizer) -> 
     assert model.ids[-1] == tokenizer.eos
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_of_a_reply_that_was_cut_only_the_beginning_is_remembered(
+    tokenizer: Tokenizer, whole: bool
+) -> None:
+    units = [tokenizer.unit_id("Hu", i) for i in (3, 4, 5, 6)]
+    talk, model = dialogue(tokenizer, [*units, tokenizer.eos], mode="speech")
+    talk.begin()
+    steps = talk.reply()
+    for _ in range(4 if whole else 2):
+        next(steps)
+    steps.close()
+    talk.cut(2)
+    assert model.ids == [*opening(tokenizer), *units[:2], tokenizer.eos]
+    talk.cut(2)
+    assert model.ids == [*opening(tokenizer), *units[:2], tokenizer.eos]
+
+
 def test_a_turn_that_is_never_answered_leaves_nothing_behind(tokenizer: Tokenizer) -> None:
     talk, model = dialogue(tokenizer, [])
     talk.begin()

@@ -79,6 +79,8 @@ def load_config(name_or_path: str | Path = "nano", overrides: Sequence[str] = ()
     for override in overrides:
         key, value = _parse(override)
         source = f"--set {override}"
+        if not describe(key):  # the whole key is shown, not only its first unknown part
+            raise UserError(f"{source}: unknown key {key!r}" + _suggestion(key))
         _refuse_unknown(_nested(key, value), source)
         _merge(values, _nested(key, value))
         origins[key] = source

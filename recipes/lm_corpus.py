@@ -15,6 +15,7 @@ from recipes.text_tokenizer import read_jsonl
 from stages.units import Units, interleave
 
 REPLY_VOICE = "heart"
+FRAMES_PER_SECOND = 25
 
 
 class Vocabulary:
@@ -62,7 +63,13 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Recording:
-    """One recording as interleaved unit tokens; ``starts`` are their samples on its clock."""
+    """One recording as unit tokens.
+
+    Attributes:
+        ids, starts: the interleaved tokens and their samples on its clock.
+        frames, pitch, styles: the unit streams (25, 12.5 and 1 Hz) they were made from.
+        phones: name, first and last but one frame of each; empty where not known.
+    """
 
     id: str
     role: str
@@ -73,6 +80,10 @@ class Recording:
     ids: np.ndarray
     starts: np.ndarray
     words: list[tuple[str, float, float]] | None
+    frames: np.ndarray
+    pitch: list[int] | None
+    styles: list[int] | None
+    phones: list[tuple[str, int, int]]
 
 
 @dataclass
@@ -141,11 +152,25 @@ def load_corpus(
     return corpora
 
 
+def tokens(
+    frames: list[int], pitch: list[int] | None, styles: list[int] | None, vocabulary: Vocabulary
+) -> tuple[np.ndarray, np.ndarray]:
+    """Interleaved ids and their samples, of units at 25, 12.5 and 1 Hz."""
+    merged = interleave(Units(frames, pitch, styles))
+    ids = np.array([vocabulary.unit(f.kind, f.index) for f in merged], dtype=np.int64)
+    return ids, np.array([f.sample for f in merged], dtype=np.int64)
+
+
 def _recording(
     row: Mapping[str, Any], units: Mapping[str, Any], vocabulary: Vocabulary
 ) -> Recording:
-    frames = interleave(Units(units["hu"], units.get("pi") or None, units.get("st") or None))
+    frames, pitch, styles = units["hu"], units.get("pi") or None, units.get("st") or None
+    ids, starts = tokens(frames, pitch, styles, vocabulary)
     words = row.get("words")
+
+    def frame(seconds: float) -> int:
+        return min(round(seconds * FRAMES_PER_SECOND), len(frames))
+
     return Recording(
         id=row["id"],
         role=row["role"],
@@ -153,7 +178,11 @@ def _recording(
         style=row["style"],
         text=row["text"],
         transcript=row["transcript"],
-        ids=np.array([vocabulary.unit(f.kind, f.index) for f in frames], dtype=np.int64),
-        starts=np.array([f.sample for f in frames], dtype=np.int64),
+        ids=ids,
+        starts=starts,
         words=[(w, a, b) for w, a, b in words] if words else None,
+        frames=np.array(frames, dtype=np.int64),
+        pitch=pitch,
+        styles=styles,
+        phones=[(p, frame(a), frame(b)) for p, a, b in row.get("phones") or ()],
     )

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from recipes.lm_corpus import REPLY_VOICE, Corpus, Recording, Vocabulary
+from recipes.lm_voices import PhoneBank
 from recipes.text_tokenizer import SEPARATOR
 from stages import SAMPLE_RATE
 
@@ -57,6 +58,7 @@ class Streams:
         mix: kind of turn -> share of turns.
         noise: the largest rate at which phonetic units of the user's speech are replaced; each
             recording draws its own rate, so that unknown voices are no surprise.
+        revoiced: share of the user's speech in which phones are exchanged (see lm_voices.py).
     """
 
     def __init__(
@@ -66,12 +68,14 @@ class Streams:
         mix: Mapping[str, float] | None = None,
         noise: float = 0.15,
         seed: int = 0,
+        revoiced: float = 0.6,
     ) -> None:
         mix = dict(DEFAULT_MIX if mix is None else mix)
         unknown = set(mix) - set(DEFAULT_MIX)
         if unknown:
             raise ValueError(f"mix: unknown {min(unknown)!r}; known are {', '.join(DEFAULT_MIX)}")
         self.corpus, self.vocabulary, self.noise, self.seed = corpus, vocabulary, noise, seed
+        self.revoiced = revoiced
         self._names = list(mix)
         self._shares = np.array([mix[n] for n in self._names]) / sum(mix.values())
         self._spoken = [
@@ -80,6 +84,7 @@ class Streams:
             if r.voice == REPLY_VOICE
         ]
         self._any = corpus.recordings
+        self._bank = PhoneBank(self._any, vocabulary)
         self._with_words = [r for r in self._any if r.words]
         self._by_voice: dict[str, list[Recording]] = defaultdict(list)
         for recording in self._with_words:
@@ -138,7 +143,7 @@ class Streams:
         heard: list[np.ndarray] = []
         text: list[str] = []
         for _ in range(count):
-            recording = _pick(rng, recordings)
+            recording, _ = self._said_by_anybody(rng, _pick(rng, recordings))
             words = recording.words or []
             size = min(len(words), int(rng.integers(1, longest + 1)))
             a = int(rng.integers(len(words) - size + 1))
@@ -197,10 +202,19 @@ class Streams:
 
     def _heard(self, rng: np.random.Generator, recording: Recording) -> list[Part]:
         """The user's speech, and the tag after it."""
-        v, ids, kind = self.vocabulary, recording.ids, REQUEST_UNITS
+        recording, kind = self._said_by_anybody(rng, recording)
+        v, ids = self.vocabulary, recording.ids
         if self.noise > 0 and rng.random() < 0.5:
             ids, kind = self._disturb(rng, ids), MASKED
         return [(_ids(v.speech_tag), MASKED), (ids, kind), (_ids(v.text_tag), TRANSCRIPT)]
+
+    def _said_by_anybody(
+        self, rng: np.random.Generator, recording: Recording
+    ) -> tuple[Recording, int]:
+        """The recording, or the same words in a voice that never was, and the kind of its units."""
+        if rng.random() < self.revoiced:
+            return self._bank.revoice(rng, recording), MASKED
+        return recording, REQUEST_UNITS
 
     def _disturb(self, rng: np.random.Generator, ids: np.ndarray) -> np.ndarray:
         """Replace and drop phonetic units at a rate drawn for this recording; mistake its style."""

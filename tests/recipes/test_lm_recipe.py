@@ -19,6 +19,7 @@ from recipes import lm, lm_corpus, lm_data, text_tokenizer
 from recipes.lm_data import DEFAULT_MIX, KINDS, MASKED, REPLY_TEXT, REPLY_UNITS, TRANSCRIPT
 from recipes.lm_model import BlockAttention, TrainableLlama
 from recipes.lm_phones import phone_units, transfer
+from recipes.lm_voices import PhoneBank
 from stages.checkpoint import Layout
 from stages.lm import LanguageModel, Sampling
 from stages.text import Tokenizer
@@ -108,7 +109,7 @@ def corpora(work: Path, vocabulary: lm_corpus.Vocabulary) -> dict[str, lm_corpus
 def streams(
     corpora: dict[str, lm_corpus.Corpus], vocabulary: lm_corpus.Vocabulary
 ) -> lm_data.Streams:
-    return lm_data.Streams(corpora["train"], vocabulary, noise=0.0)
+    return lm_data.Streams(corpora["train"], vocabulary, noise=0.0, revoiced=0.0)
 
 
 # ------------------------------------------------------------------------------------- tokenizer
@@ -232,6 +233,25 @@ def test_a_collage_is_speech_of_one_voice_with_its_words(
     assert any(set(words) <= known for known in one_voice)
     assert spoken.startswith("[St") and spoken.count("[Hu") >= len(words)
     assert decode(parts[4][0].tolist()).strip() == "|"
+
+
+def test_exchanged_phones_are_units_of_the_same_phones(
+    corpora: dict[str, lm_corpus.Corpus], vocabulary: lm_corpus.Vocabulary
+) -> None:
+    recordings = corpora["train"].recordings
+    bank = PhoneBank(recordings, vocabulary)
+    said: dict[str, set[int]] = {}
+    for recording in recordings:
+        for phone, start, stop in recording.phones:
+            said.setdefault(phone, set()).update(recording.frames[start:stop].tolist())
+    recording, changed = corpora["train"].requests[0], 0
+    for seed in range(10):
+        other = bank.revoice(np.random.default_rng(seed), recording)
+        changed += other.frames.tolist() != recording.frames.tolist()
+        assert len(other.frames) == len(recording.frames) and other.words == recording.words
+        for phone, start, stop in recording.phones:
+            assert set(other.frames[start:stop].tolist()) <= said[phone]
+    assert changed > 5
 
 
 def test_noise_changes_phonetic_units_and_the_style_as_a_whole(

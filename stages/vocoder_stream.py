@@ -96,7 +96,8 @@ class StreamingVocoder:
         first_chunk_frames: frames in the first chunk (40 ms each).
         max_chunk_frames: chunks double up to this.
         lookahead_frames: frames after a chunk that must be known before it is generated; None for
-            as many as make it exact.
+            as many as make it exact (nano 7). With nano, 10 held-out sentences, fewer change the
+            wave by (relative RMS) 0.3 % at 4, 2 % at 3, 4 % at 2, 9 % at 1, 13 % at 0.
         fallback_style: style when none came before the end; drawn at random otherwise.
 
     Raises:

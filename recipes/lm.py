@@ -34,6 +34,7 @@ from recipes.lm_data import DEFAULT_MIX, KINDS, WEIGHTS, Streams
 from recipes.lm_measure import heldout_requests, measure
 from recipes.lm_model import TrainableLlama
 from recipes.lm_phones import phone_units, transfer
+from recipes.lm_words import more_requests
 from recipes.text_tokenizer import DEFAULT_OUT, read_jsonl
 
 SAVE_SECONDS, MEASURE_SECONDS, LOG_SECONDS = 120.0, 300.0, 20.0
@@ -319,7 +320,14 @@ def train(
     """
     folder.mkdir(parents=True, exist_ok=True)
     corpora = load_corpus(work, vocabulary, units)
-    streams = Streams(corpora["train"], vocabulary, settings.mix, settings.noise, settings.seed)
+    streams = Streams(
+        corpora["train"],
+        vocabulary,
+        settings.mix,
+        settings.noise,
+        settings.seed,
+        requests=more_requests(),
+    )
     trainer = Trainer(settings, vocabulary, streams)
     if (folder / "state.pt").is_file():
         trainer.resume(folder / "state.pt")

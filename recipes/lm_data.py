@@ -11,6 +11,8 @@ weight in the loss and the losses in the log follow.
     phrase       the same of one to four words: these teach where to look
     collage      the same of phrases of several recordings: what was said before tells nothing
     tts          [Text]{sentence}[Speech]{spoken in the reply voice}</s>
+    composed     dialog_text of any request of the grammar, its speech composed of recorded words
+    chat         [Text]{transcript} | {reply} of any request of the grammar
     interleaved  [Text]{words}[Speech]{the next words}[Text]... switching at random word boundaries
     speech       [Speech]{a reply or sentence in the reply voice}</s>
 """
@@ -27,6 +29,7 @@ import numpy as np
 
 from recipes.lm_corpus import REPLY_VOICE, Corpus, Recording, Vocabulary
 from recipes.lm_voices import PhoneBank
+from recipes.lm_words import WordBank
 from recipes.text_tokenizer import SEPARATOR
 from stages import SAMPLE_RATE
 
@@ -38,14 +41,16 @@ STYLES = 5  # in use: neutral, lively, monotone, whispered, fast
 WRONG_STYLE = 0.2  # of the disturbed recordings
 
 DEFAULT_MIX = {
-    "dialog": 0.26,
-    "dialog_text": 0.20,
+    "dialog": 0.18,
+    "dialog_text": 0.08,
     "asr": 0.10,
     "phrase": 0.04,
     "collage": 0.10,
-    "tts": 0.12,
-    "typed": 0.08,
-    "interleaved": 0.07,
+    "composed": 0.20,
+    "chat": 0.10,
+    "tts": 0.08,
+    "typed": 0.05,
+    "interleaved": 0.04,
     "speech": 0.03,
 }
 Part = tuple[np.ndarray, int]  # ids and their kind
@@ -59,6 +64,7 @@ class Streams:
         noise: the largest rate at which phonetic units of the user's speech are replaced; each
             recording draws its own rate, so that unknown voices are no surprise.
         revoiced: share of the user's speech in which phones are exchanged (see lm_voices.py).
+        requests: transcript -> right replies, of requests besides the recorded (see lm_words.py).
     """
 
     def __init__(
@@ -69,6 +75,7 @@ class Streams:
         noise: float = 0.15,
         seed: int = 0,
         revoiced: float = 0.6,
+        requests: Mapping[str, list[str]] | None = None,
     ) -> None:
         mix = dict(DEFAULT_MIX if mix is None else mix)
         unknown = set(mix) - set(DEFAULT_MIX)
@@ -86,9 +93,17 @@ class Streams:
         self._any = corpus.recordings
         self._bank = PhoneBank(self._any, vocabulary)
         self._with_words = [r for r in self._any if r.words]
+        self._words = WordBank(self._with_words, self._between)
+        self._requests = dict(requests or {}) or self._recorded_requests()
+        self._all_transcripts = list(self._requests)
+        self._speakable = [t for t in self._all_transcripts if self._words.knows(t)]
         self._by_voice: dict[str, list[Recording]] = defaultdict(list)
         for recording in self._with_words:
             self._by_voice[recording.voice].append(recording)
+
+    def _recorded_requests(self) -> dict[str, list[str]]:
+        answers = self.corpus.answers
+        return {r.transcript: [a for a, _ in answers[r.text]] for r in self.corpus.requests}
 
     def batch(self, step: int, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids and kinds, both ``[rows, length + 1]``; the same step gives the same batch."""
@@ -124,6 +139,27 @@ class Streams:
         request, v = _pick(rng, self.corpus.requests), self.vocabulary
         (heard, _), *answer = self._answer(rng, request, spoken=True)
         return [(_ids(v.text_tag), MASKED), (heard, OTHER), *answer]
+
+    def _composed(self, rng: np.random.Generator) -> list[Part]:
+        transcript = _pick(rng, self._speakable)
+        ids = self._words.speak(rng, transcript, lambda r: self._said_by_anybody(rng, r)[0])
+        if self.noise > 0 and rng.random() < 0.5:
+            ids = self._disturb(rng, ids)
+        v, reply = self.vocabulary, _pick(rng, self._requests[transcript])
+        heard = [(_ids(v.speech_tag), MASKED), (ids, MASKED), (_ids(v.text_tag), TRANSCRIPT)]
+        return [*heard, *self._text_turn(transcript, reply), self._masked_end]
+
+    def _chat(self, rng: np.random.Generator) -> list[Part]:
+        transcript = _pick(rng, self._all_transcripts)
+        reply = _pick(rng, self._requests[transcript])
+        (heard, _), answer = self._text_turn(transcript, reply)
+        tag = _ids(self.vocabulary.text_tag)
+        return [(tag, MASKED), (heard, MASKED), answer, self._masked_end]
+
+    def _text_turn(self, transcript: str, reply: str) -> list[Part]:
+        both = self.vocabulary.text(transcript + SEPARATOR + reply)
+        heard = len(self.vocabulary.text(transcript + SEPARATOR.rstrip()))
+        return [(both[:heard], TRANSCRIPT), (both[heard:], REPLY_TEXT)]
 
     def _asr(self, rng: np.random.Generator) -> list[Part]:
         recording = _pick(rng, self._any)
@@ -236,9 +272,7 @@ class Streams:
     def _answer(self, rng: np.random.Generator, request: Recording, spoken: bool) -> list[Part]:
         """Transcript, separator, reply, and the reply spoken in its style."""
         text, style = _pick(rng, self.corpus.answers[request.text])
-        both = self.vocabulary.text(request.transcript + SEPARATOR + text)
-        heard = len(self.vocabulary.text(request.transcript + SEPARATOR.rstrip()))
-        parts: list[Part] = [(both[:heard], TRANSCRIPT), (both[heard:], REPLY_TEXT)]
+        parts = self._text_turn(request.transcript, text)
         recordings = [r for r in self.corpus.replies.get(text, ()) if r.voice == REPLY_VOICE]
         fitting = [r for r in recordings if r.style == style] or recordings
         if not spoken or not fitting:

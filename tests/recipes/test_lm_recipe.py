@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import typer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from recipes import lm, lm_corpus, lm_data, text_tokenizer
+from recipes import domain, lm, lm_corpus, lm_data, lm_words, text_tokenizer
 from recipes.lm_data import DEFAULT_MIX, KINDS, MASKED, REPLY_TEXT, REPLY_UNITS, TRANSCRIPT
 from recipes.lm_model import BlockAttention, TrainableLlama
 from recipes.lm_phones import phone_units, transfer
@@ -233,6 +233,48 @@ def test_a_collage_is_speech_of_one_voice_with_its_words(
     assert any(set(words) <= known for known in one_voice)
     assert spoken.startswith("[St") and spoken.count("[Hu") >= len(words)
     assert decode(parts[4][0].tolist()).strip() == "|"
+
+
+GRAMMAR = """
+@thing:
+ball:
+cup:
+
+== find polite=command train=1 held=1
+> find the {thing}
+> look for the {thing}
+> where is the {thing}?
+> get me the {thing}
+> find me the {thing}
+< Here is the {thing}.
+"""
+
+
+def test_more_requests_are_of_training_phrasings_only(tmp_path: Path) -> None:
+    grammar = tmp_path / "grammar.txt"
+    grammar.write_text(GRAMMAR)
+    drawn = domain.build(0, grammar).requests
+    more = lm_words.more_requests(0, grammar)
+    heldout = {r.transcript for r in drawn if r.split == "heldout"}
+    assert {r.transcript for r in drawn if r.split == "train"} <= more.keys()
+    assert heldout and not heldout & more.keys() and len(more) > len(drawn)
+    assert more["find the ball"] == ["Here is the ball."]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_composed_speech_has_a_run_for_every_word(streams: lm_data.Streams, seed: int) -> None:
+    bank = streams._words
+    assert bank.knows("what fox please") and not bank.knows("what elephant")
+    ids = bank.speak(np.random.default_rng(seed), "what time fox please", lambda r: r)
+    units = streams.vocabulary.processor.DecodeIds(ids.tolist())
+    assert units.startswith("[St") and units.count("[Hu") >= 4
+
+
+def test_a_whole_recorded_sentence_is_taken_as_it_is(streams: lm_data.Streams) -> None:
+    request = next(r for r in streams.corpus.requests if r.text == "Please go left.")
+    ids = streams._words.speak(np.random.default_rng(0), request.transcript, lambda r: r)
+    same = {tuple(r.ids) for r in streams.corpus.requests if r.text == request.text}
+    assert tuple(ids) in same
 
 
 def test_exchanged_phones_are_units_of_the_same_phones(

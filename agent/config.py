@@ -177,6 +177,10 @@ def _unknown(values: Mapping[Any, Any], model: type[BaseModel], prefix: str) -> 
         key = f"{prefix}{name}"
         field = model.model_fields.get(name) if isinstance(name, str) else None
         if field is None:
+            # What is inside an unknown section tells best which one was meant.
+            while isinstance(value, Mapping) and value:
+                name, value = next(iter(value.items()))
+                key = f"{key}.{name}"
             yield key
             continue
         section = _section(field.annotation)

@@ -193,6 +193,8 @@ def info(
         typer.echo(json.dumps(found.as_dict(), indent=2))
         return
     out = Table.grid(padding=(0, 2))
+    out.add_column(no_wrap=True)
+    out.add_column(overflow="fold")
     for name, value in found.system.items():
         out.add_row(name, value)
     out.add_row("devices", "\n".join(found.devices))

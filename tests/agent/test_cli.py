@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import typer
 from typer.testing import CliRunner, Result
 
 from agent.cli import app
+from agent.commands import mendable
 from stages import SAMPLE_RATE
 
 Run = Callable[..., Result]
@@ -147,6 +149,25 @@ def test_debug_shows_where_an_error_came_from(tmp_path: Path) -> None:
     result = command("run", tmp_path / "none.wav", "--debug")
     assert result.exit_code == 2
     assert "Traceback" in result.stderr
+
+
+def test_ctrl_c_ends_as_in_a_shell() -> None:
+    @mendable
+    def stopped() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(typer.Exit) as ended:
+        stopped()
+    assert ended.value.exit_code == 130
+
+
+def test_a_fault_of_the_program_is_not_taken_for_one_of_the_user() -> None:
+    @mendable
+    def faulty() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        faulty()
 
 
 # Checkpoints.

@@ -76,7 +76,7 @@ def _read(work: Path, row: Row) -> np.ndarray:
     return soundfile.read(work / row["wav"], dtype="float32")[0]
 
 
-def _by_voice(rows: Iterable[Row], work: Path, limit: int = 8) -> dict[str, list[np.ndarray]]:
+def _by_voice(rows: Iterable[Row], work: Path, limit: int = 4) -> dict[str, list[np.ndarray]]:
     out: dict[str, list[np.ndarray]] = defaultdict(list)
     for row in rows:
         if len(out[row["voice"]]) < limit and row["style"] == 0:
@@ -112,7 +112,7 @@ def _phones(listener: Listener, rows: Iterable[Row], work: Path) -> dict[str, di
 
     found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = defaultdict(list)
     for row in rows:
-        if row["phones"] and len(found[row["voice"]]) < 40:
+        if row["phones"] and len(found[row["voice"]]) < 16:
             codes = listener.classify(listener.features(_read(work / "corpus", row)))
             found[row["voice"]].append((codes, phone_labels(row["phones"], len(codes))))
     groups = {"all": [pair for pairs in found.values() for pair in pairs], **found}
@@ -146,7 +146,7 @@ def _sentences(listener: Listener, pairs: Sequence[Pair]) -> dict[str, float]:
     }
 
 
-def _pairs(rows: Iterable[Row], work: Path, *, unseen: bool, limit: int = 50) -> list[Pair]:
+def _pairs(rows: Iterable[Row], work: Path, *, unseen: bool, limit: int = 40) -> list[Pair]:
     """The same sentence in two voices, one of them kal16 where ``unseen``."""
     by_text: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
@@ -162,7 +162,7 @@ def _pairs(rows: Iterable[Row], work: Path, *, unseen: bool, limit: int = 50) ->
 
 
 def _strangers(
-    work: Path, manifest: Sequence[Row], seed: int, limit: int = 50
+    work: Path, manifest: Sequence[Row], seed: int, limit: int = 40
 ) -> tuple[list[Pair], list[Pair]]:
     """Sentences by heart and by joe; and by heart and by a person. Empty where not installed."""
     folder = work / "evaluation"

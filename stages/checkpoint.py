@@ -256,6 +256,44 @@ def check_tensor(value: Any, shape: tuple[int, ...], path: str | Path, key: str)
     return value
 
 
+_NORM_FORMS = (  # as torch has stored weight norm, before version 2 and since
+    ("weight_g", "weight_v"),
+    ("parametrizations.weight.original0", "parametrizations.weight.original1"),
+)
+
+
+def fold_weight_norm(
+    state: Mapping[str, Any], path: str | Path, *, axis: int = 0
+) -> dict[str, Any]:
+    """Replace each pair of gain ``g`` and direction ``v`` by the weight ``g v / |v|``, in float32.
+
+    Both forms of torch's key names are read; weights stored folded pass through.
+
+    Args:
+        axis: the one along which gains differ; the norm runs over all others.
+
+    Raises:
+        CheckpointError: one of a pair is missing, no tensor or of the wrong shape.
+    """
+    folded = dict(state)
+    for gain_name, direction_name in _NORM_FORMS:
+        names = (gain_name, direction_name)
+        stems = {k.removesuffix(n) for n in names for k in folded if k.endswith(n)}
+        for stem in sorted(stems):
+            gain_key, direction_key = stem + gain_name, stem + direction_name
+            gain = _key(folded, gain_key, path)
+            direction = _key(folded, direction_key, path)
+            del folded[gain_key], folded[direction_key]
+            if not isinstance(direction, Tensor) or direction.dim() <= max(axis, 1):
+                raise CheckpointError(f"{path}: key {direction_key!r} is no weight")
+            others = [i for i in range(direction.dim()) if i != axis]
+            shape = tuple(n if i == axis else 1 for i, n in enumerate(direction.shape))
+            check_tensor(gain, shape, path, gain_key)
+            norm = torch.linalg.vector_norm(direction.float(), dim=others, keepdim=True)
+            folded[stem + "weight"] = direction.float() * (gain.float() / norm)
+    return folded
+
+
 def _check_file(path: Path) -> None:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file. Is the checkpoint complete?")
@@ -266,6 +304,13 @@ def _check_file(path: Path) -> None:
 def _can_mmap(path: Path) -> bool:
     """Memory-mapping spares a second copy of a 7B model; only the zip format supports it."""
     return zipfile.is_zipfile(path)
+
+
+def _key(mapping: Mapping[str, Any], key: str, path: str | Path) -> Any:
+    """``mapping[key]``, the key taken as it is, dots included; :class:`CheckpointError` if not."""
+    if key not in mapping:
+        raise CheckpointError(f"{path}: key {key!r} is missing")
+    return mapping[key]
 
 
 def _as_dict(value: Any, path: Path) -> dict[str, Any]:

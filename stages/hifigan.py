@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stages.checkpoint import CheckpointError, check_tensor, load_json, require
+from stages.checkpoint import CheckpointError, load_json, require
 
 DEFAULT_SPEAKER = 2
 DEFAULT_STYLE = 8
@@ -181,8 +181,8 @@ class DurationPredictor(nn.Module):
 class UnitHiFiGAN(nn.Module):
     """The generator with its embeddings and duration predictor, official key names.
 
-    Weight normalisation is not part of the module: :func:`fold_weight_norm` turns an official
-    state dict into this module's, :func:`official_state` does the reverse.
+    Weight normalisation is not part of the module: :func:`stages.checkpoint.fold_weight_norm`
+    turns an official state dict into this module's, :func:`official_state` does the reverse.
     """
 
     def __init__(self, config: VocoderConfig) -> None:
@@ -270,35 +270,6 @@ class UnitHiFiGAN(nn.Module):
 def _conv(channels: int, kernel: int, dilation: int) -> nn.Conv1d:
     padding = dilation * (kernel - 1) // 2
     return nn.Conv1d(channels, channels, kernel, dilation=dilation, padding=padding)
-
-
-_NORM_NAMES = (
-    ("weight_g", "weight_v"),
-    ("parametrizations.weight.original0", "parametrizations.weight.original1"),
-)
-
-
-def fold_weight_norm(state: Mapping[str, Any], path: str | Path = "state") -> dict[str, Any]:
-    """Replace each gain/direction pair by the weight ``g * v / |v|``, in float32.
-
-    The norm runs over all axes but the first (for transposed convolutions that is the input
-    channel). Both the old key names and those of ``torch.nn.utils.parametrizations`` are read;
-    weights stored folded already pass through.
-    """
-    folded: dict[str, Any] = dict(state)
-    for gain_name, direction_name in _NORM_NAMES:
-        for key in [k for k in folded if k.endswith(gain_name)]:
-            stem = key[: -len(gain_name)]
-            if stem + direction_name not in folded:
-                raise CheckpointError(f"{path}: key {stem + direction_name!r} is missing")
-            g, v = folded.pop(key), folded.pop(stem + direction_name)
-            if not isinstance(v, Tensor) or v.dim() < 2:
-                raise CheckpointError(f"{path}: key {stem + direction_name!r} is no weight")
-            v = v.float()
-            check_tensor(g, (v.shape[0], *[1] * (v.dim() - 1)), path, key)
-            norm = torch.linalg.vector_norm(v, dim=tuple(range(1, v.dim())), keepdim=True)
-            folded[stem + "weight"] = v * (g.float() / norm)
-    return folded
 
 
 def official_state(model: UnitHiFiGAN, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

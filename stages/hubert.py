@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from transformers import HubertConfig, HubertModel
 
-from stages.checkpoint import CheckpointError, load_weights, require
+from stages.checkpoint import CheckpointError, fold_weight_norm, load_weights, require
 
 _DEFAULT_LAYER = 11
 _MODES = {"default": "group", "layer_norm": "layer"}
@@ -223,7 +223,8 @@ _POSITIONS = "encoder.pos_conv_embed."
 def _renamed(state: Mapping[str, Any], config: HubertConfig, path: Path) -> dict[str, Any]:
     """fairseq's names to those of transformers, without what inference does not use."""
     out: dict[str, Any] = {}
-    for key, value in state.items():
+    # The positional convolution has one gain per tap.
+    for key, value in fold_weight_norm(state, path, axis=2).items():
         if key.startswith(_TRAINING_ONLY):
             continue
         if config.do_stable_layer_norm and key.startswith("encoder.layer_norm."):
@@ -234,7 +235,6 @@ def _renamed(state: Mapping[str, Any], config: HubertConfig, path: Path) -> dict
     if config.conv_pos_batch_norm:
         # A counter that fairseq's and torch's batch norm carry and inference ignores.
         out.setdefault(f"{_POSITIONS}batch_norm.num_batches_tracked", torch.tensor(0))
-    _fold_weight_norm(out, path)
     return out
 
 
@@ -260,30 +260,3 @@ def _name(key: str, config: HubertConfig) -> str | None:
         return f"{_POSITIONS}{'batch_norm' if normed else 'conv'}.{rest}"
     part, _, leaf = key.rpartition(".")
     return f"{_OTHER_PARTS.get(part, part)}.{leaf}"
-
-
-_NORM_FORMS = (  # as torch has stored weight norm, before version 2 and since
-    ("weight_g", "weight_v"),
-    ("parametrizations.weight.original0", "parametrizations.weight.original1"),
-)
-
-
-def _fold_weight_norm(out: dict[str, Any], path: Path) -> None:
-    """Multiply out the positional convolution's weight norm, one gain per tap, in either form."""
-    prefix = f"{_POSITIONS}conv."
-    for gain_key, direction_key in _NORM_FORMS:
-        gain = out.pop(prefix + gain_key, None)
-        direction = out.pop(prefix + direction_key, None)
-        if gain is None and direction is None:
-            continue
-        if not isinstance(gain, Tensor) or not isinstance(direction, Tensor):
-            missing = direction_key if isinstance(gain, Tensor) else gain_key
-            raise CheckpointError(f"{path}: key 'encoder.pos_conv.0.{missing}' is missing")
-        if direction.dim() != 3 or tuple(gain.shape) != (1, 1, direction.shape[2]):
-            raise CheckpointError(
-                f"{path}: key 'encoder.pos_conv.0.{gain_key}' has shape {list(gain.shape)}, "
-                f"expected [1, 1, taps] beside {list(direction.shape)}"
-            )
-        direction = direction.float()
-        norm = direction.norm(dim=(0, 1), keepdim=True)
-        out[prefix + "weight"] = direction * (gain.float() / norm)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,14 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from transformers import Wav2Vec2Config, Wav2Vec2Model
 
-from stages.checkpoint import CheckpointError, Layout, load_json, load_state, load_weights
+from stages.checkpoint import (
+    CheckpointError,
+    Layout,
+    fold_weight_norm,
+    load_json,
+    load_state,
+    load_weights,
+)
 from stages.runtime import Graph
 
 FRAMES_PER_UNIT = 50
@@ -126,35 +132,9 @@ def load_style_network(folder: Path) -> StyleNetwork:
     state = load_state(path)
     if not isinstance(state, Mapping):
         raise CheckpointError(f"{path}: expected a mapping, found a {type(state).__name__}")
-    load_weights(network, _folded(state, path), path, ignore=[_MASK])
+    # The positional convolution has one gain per tap.
+    load_weights(network, fold_weight_norm(state, path, axis=2), path, ignore=[_MASK])
     return network.eval().requires_grad_(False)
 
 
 _MASK = "wav2vec2.masked_spec_embed"
-_POSITIONS = "wav2vec2.encoder.pos_conv_embed.conv."
-_NORM_FORMS = (  # as torch has stored weight norm, before version 2 and since
-    ("weight_g", "weight_v"),
-    ("parametrizations.weight.original0", "parametrizations.weight.original1"),
-)
-
-
-def _folded(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """``state`` with the positional convolution's weight norm, in either form, multiplied out."""
-    out = dict(state)
-    for gain_key, direction_key in _NORM_FORMS:
-        gain = out.pop(_POSITIONS + gain_key, None)
-        direction = out.pop(_POSITIONS + direction_key, None)
-        if gain is None and direction is None:
-            continue
-        if not isinstance(gain, Tensor) or not isinstance(direction, Tensor):
-            missing = direction_key if isinstance(gain, Tensor) else gain_key
-            raise CheckpointError(f"{path}: key {_POSITIONS + missing!r} is missing")
-        if direction.dim() != 3 or tuple(gain.shape) != (1, 1, direction.shape[2]):
-            raise CheckpointError(
-                f"{path}: key {_POSITIONS + gain_key!r} has shape {list(gain.shape)}, expected "
-                f"[1, 1, taps] beside {list(direction.shape)}"
-            )
-        direction = direction.float()
-        norm = direction.norm(dim=(0, 1), keepdim=True)
-        out[_POSITIONS + "weight"] = direction * (gain.float() / norm)
-    return out

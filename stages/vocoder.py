@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from stages.checkpoint import CheckpointError, Layout, load_state, load_weights
-from stages.hifigan import UnitHiFiGAN, VocoderConfig, fold_weight_norm, official_state
+from stages.checkpoint import CheckpointError, Layout, fold_weight_norm, load_state, load_weights
+from stages.hifigan import UnitHiFiGAN, VocoderConfig, official_state
 from stages.runtime import Graph
 from stages.units import RANDOM_STYLES, Units, string_to_units
 
@@ -26,7 +26,6 @@ __all__ = [
     "Vocoder",
     "VocoderConfig",
     "VocoderError",
-    "fold_weight_norm",
     "official_state",
 ]
 

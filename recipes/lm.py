@@ -40,7 +40,7 @@ from recipes.text_tokenizer import DEFAULT_OUT, read_jsonl
 SAVE_SECONDS, MEASURE_SECONDS, LOG_SECONDS = 120.0, 300.0, 20.0
 FINALLY_MEASURED = 160  # held-out requests
 ROW_MULTIPLE = 64  # rows of the embedding; those past the last piece are padding
-START_MIX = {"phrase": 0.35, "asr": 0.2, "dialog_text": 0.25, "dialog": 0.1, "tts": 0.1}
+START_MIX = {"phrase": 0.3, "collage": 0.1, "asr": 0.2, "dialog_text": 0.25, "dialog": 0.15}
 
 
 @dataclass(frozen=True)

@@ -40,18 +40,20 @@ WEIGHTS = (0.0, 0.3, 2.0, 1.5, 1.0, 0.5)
 STYLES = 5  # in use: neutral, lively, monotone, whispered, fast
 WRONG_STYLE = 0.2  # of the disturbed recordings
 
+# Found by trial: with recorded requests alone the model learnt them by heart, and heard them instead
+# of new ones (words wrong: 9 % of train, 51 % of held-out requests after 4 M tokens).
 DEFAULT_MIX = {
-    "dialog": 0.18,
-    "dialog_text": 0.08,
+    "composed": 0.26,
+    "collage": 0.16,
+    "chat": 0.16,
+    "dialog": 0.14,
     "asr": 0.10,
-    "phrase": 0.04,
-    "collage": 0.10,
-    "composed": 0.20,
-    "chat": 0.10,
-    "tts": 0.08,
-    "typed": 0.05,
-    "interleaved": 0.04,
-    "speech": 0.03,
+    "dialog_text": 0.06,
+    "tts": 0.05,
+    "typed": 0.03,
+    "interleaved": 0.02,
+    "phrase": 0.01,
+    "speech": 0.01,
 }
 Part = tuple[np.ndarray, int]  # ids and their kind
 

@@ -322,7 +322,7 @@ def test_heldout_requests_are_never_trained(
 
 def test_the_mix_is_checked() -> None:
     assert lm.parse_mix("dialog=0.5, asr=0") == {**DEFAULT_MIX, "dialog": 0.5, "asr": 0.0}
-    with pytest.raises(typer.BadParameter, match="known are dialog"):
+    with pytest.raises(typer.BadParameter, match="known are composed"):
         lm.parse_mix("chat=1")
     with pytest.raises(typer.BadParameter, match="expected name=number"):
         lm.parse_mix("asr=much")

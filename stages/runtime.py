@@ -18,6 +18,9 @@ from stages.checkpoint import CheckpointError
 Graph = Callable[..., Sequence[np.ndarray]]
 """An exported graph as a stage sees it: one array per input, in order, to one per output."""
 
+# No usage events leave the machine (the library still makes its own folder in the user's cache).
+onnxruntime.disable_telemetry_events()
+
 _CUDA = "CUDAExecutionProvider"
 _CPU = "CPUExecutionProvider"
 

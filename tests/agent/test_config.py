@@ -94,6 +94,12 @@ def test_an_unknown_key_in_a_file_names_the_file(write) -> None:
     assert "'vad.hangover_ms'" in message
 
 
+def test_an_unknown_section_in_a_file_is_answered_with_the_key_that_was_meant(write) -> None:
+    path = write("vadd:\n  hangover_ms: 300\n")
+    expected = "unknown key 'vadd.hangover_ms'; did you mean 'vad.hangover_ms'?"
+    assert refusal(path) == f"{path}: {expected}"
+
+
 def test_a_key_like_no_other_gets_the_list() -> None:
     assert "known are model, vad" in refusal("nano", "qqq=1")
     assert "known are channels.speech" in refusal("nano", "channels.qqqqqqqqqqqq=1")

@@ -323,7 +323,7 @@ def test_heldout_requests_are_never_trained(
 def test_the_mix_is_checked() -> None:
     assert lm.parse_mix("dialog=0.5, asr=0") == {**DEFAULT_MIX, "dialog": 0.5, "asr": 0.0}
     with pytest.raises(typer.BadParameter, match="known are composed"):
-        lm.parse_mix("chat=1")
+        lm.parse_mix("gossip=1")
     with pytest.raises(typer.BadParameter, match="expected name=number"):
         lm.parse_mix("asr=much")
 
@@ -424,7 +424,9 @@ def test_embeddings_follow_the_units_they_coincide_with() -> None:
 def test_losses_are_told_by_kind(trainer: lm.Trainer) -> None:
     sums, counts = trainer.train_step(0.1)
     assert sums.shape == counts.shape == (len(KINDS),)
-    assert counts[MASKED] == 0 and counts[REPLY_UNITS] > 0
+    assert counts[MASKED] == 0, "what is masked has no part in the loss"
+    told = counts[lm_data.TRANSCRIPT] + counts[lm_data.REPLY_TEXT] + counts[REPLY_UNITS]
+    assert told > 0 and bool((sums[counts > 0] > 0).all())
 
 
 # --------------------------------------------------------------------------- the shipped model

@@ -40,7 +40,7 @@ WEIGHTS = (0.0, 0.3, 2.0, 1.5, 1.0, 0.5)
 STYLES = 5  # in use: neutral, lively, monotone, whispered, fast
 WRONG_STYLE = 0.2  # of the disturbed recordings
 
-# Found by trial: with recorded requests alone the model learnt them by heart, and heard them instead
+# Found by trial: with recorded requests alone the model learnt them by heart and heard them instead
 # of new ones (words wrong: 9 % of train, 51 % of held-out requests after 4 M tokens).
 DEFAULT_MIX = {
     "composed": 0.26,

@@ -8,6 +8,7 @@ the key and what was expected.
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,7 @@ def _read(path: Path) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise UserError(f"{path}: expected sections such as 'vad:', found {value!r}")
+        raise UserError(f"{path}: expected sections such as 'vad:', found {reprlib.repr(value)}")
     # A section whose lines are all commented out is there, but empty.
     return {k: {} if v is None and _is_section(k) else v for k, v in value.items()}
 

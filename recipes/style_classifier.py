@@ -215,29 +215,36 @@ def evaluate(encoder: StyleEncoder, work: Path, rows: Sequence[Row]) -> dict[str
     Seconds that the recording's end cuts short are left out of the figures by the second.
     """
     confusion = np.zeros((len(STYLES), len(STYLES) + 1), np.int64)  # last column: another class
-    right_recordings = []
+    by_style: dict[str, list[bool]] = {name: [] for name in STYLES}
+    by_voice: dict[str, list[bool]] = {}
     for row in track(rows, description="style, held out"):
-        wave = read_wave(work, row)
+        wave, style = read_wave(work, row), row["style"]
         units = encoder.units(wave)
-        whole = units[: max(1, len(wave) // (320 * FRAMES_PER_UNIT))]
-        for unit in whole:
-            confusion[row["style"], min(int(unit), len(STYLES))] += 1
-        right_recordings.append((row["style"], np.bincount(units).argmax() == row["style"]))
+        for unit in units[: max(1, len(wave) // (HOP * FRAMES_PER_UNIT))]:
+            confusion[style, min(int(unit), len(STYLES))] += 1
+        right = bool(np.bincount(units).argmax() == style)
+        by_style[STYLES[style]].append(right)
+        by_voice.setdefault(row["voice"], []).append(right)
     recall = {
-        name: round(float(confusion[i, i] / max(1, confusion[i].sum())), 3)
-        for i, name in enumerate(STYLES)
+        name: _share(int(row[i]), int(row.sum()))
+        for i, (name, row) in enumerate(zip(STYLES, confusion, strict=True))
+        if row.sum()
     }
-    by_style = [[right for s, right in right_recordings if s == i] for i in range(len(STYLES))]
     return {
         "recordings": len(rows),
-        "accuracy_by_second": round(float(np.trace(confusion) / confusion.sum()), 3),
+        "accuracy_by_second": _share(int(np.trace(confusion)), int(confusion.sum())),
         "balanced_accuracy_by_second": round(float(np.mean(list(recall.values()))), 3),
-        "accuracy_by_recording": round(float(np.mean([right for _, right in right_recordings])), 3),
+        "accuracy_by_recording": _mean([r for rights in by_voice.values() for r in rights]),
         "recall_by_second": recall,
-        "recall_by_recording": {
-            name: round(float(np.mean(rights)), 3)
-            for name, rights in zip(STYLES, by_style, strict=True)
-            if rights
-        },
+        "recall_by_recording": {name: _mean(r) for name, r in by_style.items() if r},
+        "accuracy_by_recording_by_voice": {v: _mean(r) for v, r in sorted(by_voice.items())},
         "confusion_by_second": confusion.tolist(),
     }
+
+
+def _share(part: int, whole: int) -> float:
+    return round(part / whole, 3)
+
+
+def _mean(rights: Sequence[bool]) -> float:
+    return _share(sum(rights), len(rights))

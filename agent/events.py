@@ -49,6 +49,65 @@ class ReplyAudio:
 
 
 @dataclass(frozen=True)
+class RequestUnits:
+    """Of the request's units told so far keep the first ``keep``, then append ``units``.
+
+    Units are written as in a prompt: ``"[Hu12]"``, ``"[Pi3]"``, ``"[St0]"``.
+    """
+
+    turn: int
+    keep: int
+    units: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """More words of the reply have left the loudspeaker; those of one turn join to what was heard.
+
+    ``heard`` is the heard position: samples of the reply at 16 kHz.
+    """
+
+    turn: int
+    text: str
+    heard: int
+
+
+@dataclass(frozen=True)
+class Interrupted:
+    """The reply was broken off at ``heard`` samples (16 kHz); the model remembers no more of it."""
+
+    turn: int
+    heard: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class StateChanged:
+    """The conversation is now ``state``: listening, hearing, maybe-finished or answering."""
+
+    state: str
+    reason: str
+    sample: int
+
+
+@dataclass(frozen=True)
+class Level:
+    """How loud the microphone is (dBFS, RMS; some 20 times a second), and whether it is speech."""
+
+    dbfs: float
+    voiced: bool
+
+
+@dataclass(frozen=True)
+class DeviceChanged:
+    """A sound device went away (``present`` false) or came back; ``message`` is for the user."""
+
+    direction: str  # "input" or "output"
+    present: bool
+    message: str
+
+
+@dataclass(frozen=True)
 class TurnEnded:
     """The reply is complete, or was let go of."""
 
@@ -56,4 +115,16 @@ class TurnEnded:
     trace: TurnTrace
 
 
-Event = TurnStarted | Heard | ReplyText | ReplyAudio | TurnEnded
+Event = (
+    TurnStarted
+    | Heard
+    | RequestUnits
+    | ReplyText
+    | ReplyAudio
+    | Spoken
+    | Interrupted
+    | StateChanged
+    | Level
+    | DeviceChanged
+    | TurnEnded
+)

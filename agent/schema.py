@@ -213,6 +213,83 @@ class ChannelsConfig(Section):
     events: int = Field(default=256, ge=1, description="to whoever listens, events")
 
 
+class TurnsConfig(Section):
+    """Who speaks when."""
+
+    speculate: bool = Field(
+        default=True,
+        description="prepare the reply in the silence that may be the end; throw it away if not",
+    )
+    adapt: bool = Field(
+        default=True,
+        description="let the hangover follow the speaker's pauses, from vad.hangover_ms on",
+    )
+    min_hangover_ms: int = Field(default=300, ge=0, description="it becomes no shorter, ms")
+    max_hangover_ms: int = Field(default=1500, ge=0, description="nor longer, ms")
+    detector: Literal["none", "smart-turn"] = Field(
+        default="none",
+        description="asked in the silence whether the sentence sounded finished; smart-turn needs "
+        "pip install 'spiritlm-agent[turn]'",
+    )
+    barge_in: bool = Field(default=True, description="speech over a reply interrupts it")
+    barge_in_ms: int = Field(
+        default=400,
+        ge=0,
+        description="speech this long interrupts; anything shorter (a cough, mm-hmm) only ducks "
+        "the reply, ms",
+    )
+    half_duplex: bool = Field(
+        default=False,
+        description="hear nothing while a reply plays: without headphones or canceller",
+    )
+    stall_seconds: float = Field(
+        default=15.0,
+        gt=0,
+        le=600,
+        description="a turn in which nothing moves for so long is let go of, s",
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> TurnsConfig:
+        if self.max_hangover_ms < self.min_hangover_ms:
+            raise ValueError(
+                f"max_hangover_ms is {self.max_hangover_ms}, expected at least "
+                f"min_hangover_ms ({self.min_hangover_ms})"
+            )
+        return self
+
+
+class SoundConfig(Section):
+    """The sound card."""
+
+    input: int | str | None = Field(
+        default=None, description="microphone: number or part of its name; null for the default"
+    )
+    output: int | str | None = Field(
+        default=None, description="loudspeaker: number or part of its name; null for the default"
+    )
+    block_ms: Literal[10, 20] = Field(default=10, description="audio moved at a time, ms")
+    latency_ms: int = Field(
+        default=40,
+        ge=0,
+        le=2000,
+        description="sound kept ready before a reply starts; grows by itself where the machine "
+        "stutters, ms",
+    )
+    max_latency_ms: int = Field(default=400, ge=0, le=5000, description="it grows no further, ms")
+    echo: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="cancel the reply's echo in the microphone; auto where "
+        "pip install 'spiritlm-agent[aec]' was done",
+    )
+    stall_seconds: float = Field(
+        default=1.0,
+        gt=0,
+        le=60,
+        description="a device that delivers nothing for so long is opened anew, s",
+    )
+
+
 class ThreadsConfig(Section):
     """CPU threads inside a computation; 0 leaves it to the library."""
 
@@ -244,4 +321,6 @@ class Config(Section):
         default=ChannelsConfig(), description="capacities between stages"
     )
     threads: ThreadsConfig = Field(default=ThreadsConfig(), description="CPU threads")
+    turns: TurnsConfig = Field(default=TurnsConfig(), description="who speaks when")
+    sound: SoundConfig = Field(default=SoundConfig(), description="the sound card")
     audio: AudioConfig = Field(default=AudioConfig(), description="audio from outside")

@@ -30,11 +30,15 @@ class ChannelClosed(Exception):
 
 
 class Turns:
-    """Which turns are still alive. One object is shared by all channels and stages of a session."""
+    """Which turns are still alive. One object is shared by all channels and stages of a session.
+
+    Attributes:
+        alive_from: turns before this one are past.
+    """
 
     def __init__(self) -> None:
         self._next = 1
-        self._alive_from = 0
+        self.alive_from = 0
 
     def begin(self) -> int:
         """The number of a new turn."""
@@ -44,11 +48,11 @@ class Turns:
 
     def cancel(self, turn: int) -> None:
         """Let go of ``turn`` and all before it."""
-        self._alive_from = max(self._alive_from, turn + 1)
+        self.alive_from = max(self.alive_from, turn + 1)
 
     def stale(self, turn: int) -> bool:
         """Whether ``turn`` has been cancelled."""
-        return turn < self._alive_from
+        return turn < self.alive_from
 
 
 @dataclass
@@ -61,6 +65,7 @@ class Counters:
     taken: int = 0
     dropped: int = 0
     stale: int = 0
+    skipped: int = 0
     high_water: int = 0
 
     def as_dict(self) -> dict[str, int | str]:
@@ -87,7 +92,7 @@ class Channel(Generic[T]):
         self._policy = policy
         self._turns = turns or Turns()
         self._items: deque[tuple[int, T]] = deque()
-        self._changed = asyncio.Condition()
+        self._waiting: list[asyncio.Future[None]] = []
         self._closed = False
 
     def __len__(self) -> int:
@@ -102,24 +107,29 @@ class Channel(Generic[T]):
         Raises:
             ChannelClosed: the channel is closed, or was while waiting.
         """
-        async with self._changed:
-            while True:
-                if self._closed:
-                    raise ChannelClosed(self.name)
-                if self._turns.stale(turn):
-                    self.counters.stale += 1
-                    return False
-                if len(self._items) < self.counters.capacity or self._make_room():
-                    break
-                if self._policy is Policy.DROP_NEWEST:
-                    self.counters.dropped += 1
-                    return False
-                await self._changed.wait()
-            self._items.append((turn, item))
-            self.counters.put += 1
-            self.counters.high_water = max(self.counters.high_water, len(self._items))
-            self._changed.notify_all()
-            return True
+        while True:
+            if self._closed:
+                raise ChannelClosed(self.name)
+            if self._turns.stale(turn):
+                self.counters.stale += 1
+                return False
+            if len(self._items) < self.counters.capacity or self._make_room():
+                break
+            if self._policy is Policy.DROP_NEWEST:
+                self.counters.dropped += 1
+                return False
+            await self._change()
+        self._add(item, turn)
+        return True
+
+    def offer(self, item: T, turn: int = 0) -> bool:
+        """Add ``item`` if there is room at once; whether it went in. For what may be missed."""
+        full = len(self._items) >= self.counters.capacity
+        if full or self._closed or self._turns.stale(turn):
+            self.counters.skipped += 1
+            return False
+        self._add(item, turn)
+        return True
 
     async def get(self) -> T:
         """The oldest item whose turn is alive; waits for one.
@@ -127,29 +137,41 @@ class Channel(Generic[T]):
         Raises:
             ChannelClosed: the channel is closed and empty.
         """
-        async with self._changed:
-            while True:
-                while self._items:
-                    turn, item = self._items.popleft()
-                    self._changed.notify_all()
-                    if not self._turns.stale(turn):
-                        self.counters.taken += 1
-                        return item
-                    self.counters.stale += 1
-                if self._closed:
-                    raise ChannelClosed(self.name)
-                await self._changed.wait()
+        while True:
+            while self._items:
+                turn, item = self._items.popleft()
+                self.wake()
+                if not self._turns.stale(turn):
+                    self.counters.taken += 1
+                    return item
+                self.counters.stale += 1
+            if self._closed:
+                raise ChannelClosed(self.name)
+            await self._change()
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Let nothing more in; what is inside can still be taken. Wakes everybody who waits."""
-        async with self._changed:
-            self._closed = True
-            self._changed.notify_all()
+        self._closed = True
+        self.wake()
 
-    async def wake(self) -> None:
-        """Let waiting producers look again, after a turn was cancelled."""
-        async with self._changed:
-            self._changed.notify_all()
+    def wake(self) -> None:
+        """Let those who wait look again, for instance after a turn was cancelled."""
+        waiting, self._waiting = self._waiting, []
+        for each in waiting:
+            if not each.done():
+                each.set_result(None)
+
+    async def _change(self) -> None:
+        """Wait until something has changed."""
+        change = asyncio.get_running_loop().create_future()
+        self._waiting.append(change)
+        await change
+
+    def _add(self, item: T, turn: int) -> None:
+        self._items.append((turn, item))
+        self.counters.put += 1
+        self.counters.high_water = max(self.counters.high_water, len(self._items))
+        self.wake()
 
     def __aiter__(self) -> AsyncIterator[T]:
         return self._iterate()

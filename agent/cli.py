@@ -108,10 +108,10 @@ def _answer(
     settings: Config, config: str, source: object, sink: object, trace: Path | None,
     plot: Path | None, plain: bool,
 ) -> None:  # fmt: skip
+    from agent.answer import answer
     from agent.audio_files import AudioFileSink, AudioFileSource
     from agent.inventory import about
     from agent.models import Models
-    from agent.session import answer
     from agent.show import Transcript, loading
     from agent.telemetry import write_json
     from stages import SAMPLE_RATE

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 
@@ -19,6 +21,9 @@ from stages.units import HUBERT, PITCH, STYLE, Unit
 from stages.vad import VoiceActivityDetector
 from stages.vocoder import Vocoder
 from stages.vocoder_stream import StreamingVocoder
+
+if TYPE_CHECKING:
+    from stages.turn_end import TurnEndDetector
 
 _ENCODER_GRAPHS = ("phonetic", "f0", "pitch", "style")
 _VOCODER_GRAPHS = ("vocoder", "durations")
@@ -42,6 +47,7 @@ class Models:
         self.speech_tokenizer = speech_tokenizer
         self.lm = lm
         self._vocoder = vocoder
+        self._turn_end: TurnEndDetector | None = None
         if tokenizer.vocab_size != lm.vocab_size:
             raise CheckpointError(
                 f"{layout.lm}: the tokenizer counts {tokenizer.vocab_size} rows, the model "
@@ -85,6 +91,16 @@ class Models:
         for kind in (STYLE, PITCH, HUBERT):
             vocoder.push(Unit(kind, 0))
         vocoder.flush()
+
+    def turn_end(self) -> TurnEndDetector | None:
+        """What judges whether a sentence sounded finished, if that is wanted."""
+        if self.config.turns.detector == "none":
+            return None
+        if self._turn_end is None:
+            from stages.turn_end import TurnEndDetector
+
+            self._turn_end = TurnEndDetector.load(self.config.threads.encoder)
+        return self._turn_end
 
     def vad(self) -> VoiceActivityDetector:
         """A detector at the start of a session."""

@@ -10,13 +10,14 @@ that only continues gets ``speech`` (units right after the request's) or ``any``
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from agent.config import ReplyConfig
 from stages.lm import LanguageModel, Sampling
 from stages.prompt import Modality
-from stages.text import IncrementalDecoder, Tokenizer
+from stages.text import Decoded, IncrementalDecoder, Tokenizer
 from stages.units import Unit, UnitFrame
 
 _LONGEST_PERIOD = 16  # units; a loop that a unit language model falls into is short
@@ -49,8 +50,24 @@ Steps = Generator[Piece | None, None, None]
 """A reply being decoded: about one token a step, None where a step says nothing."""
 
 
+@dataclass
+class _Turn:
+    """Where the parts of the latest turn stand in the cache."""
+
+    start: int
+    units: int  # the request's units begin
+    request_end: int
+    words_begin: int | None = None  # the reply's text begins, its transcript included
+    words: list[int] = field(default_factory=list)  # characters said up to each token of it
+    said: list[int] = field(default_factory=list)  # each unit of the reply
+
+
 class Dialogue:
     """Writes requests into the language model's cache and decodes replies, turn by turn.
+
+    A turn is ``begin``, ``hear`` as often as there is news, ``reply`` as often as the speaker seems
+    to have finished, and ``end`` with what was heard of the last reply; or ``abandon``. A reply
+    followed by more of the request was in vain: it is gone from the cache.
 
     All methods do model work: call them from the language model's own thread.
     """
@@ -63,8 +80,13 @@ class Dialogue:
         text_sampling: Sampling,
         speech_sampling: Sampling,
         unspeakable: Iterable[int] = (),
+        examples: str = "",
     ) -> None:
-        """``unspeakable``: ids of units that are never to be sampled."""
+        """
+        Args:
+            unspeakable: ids of units that are never to be sampled.
+            examples: a prompt that precedes the conversation and is never forgotten.
+        """
         self._lm = lm
         self._tokenizer = tokenizer
         self._config = config
@@ -80,91 +102,147 @@ class Dialogue:
             mask[banned] = False
         self._kinds = frozenset(tokenizer.kinds)
         # What sentencepiece puts before a prompt: the beginning of the sequence, a word boundary.
-        self._prefix = tokenizer.encode(Modality.SPEECH.tag)[:-1]
+        begin = tokenizer.encode(Modality.SPEECH.tag)[:-1]
+        self._prefix = [*begin, *tokenizer.encode(examples)[len(begin) :]] if examples else begin
+        self._opening = self._tagged(config.user_tag, tokenizer.speech_tag)
         self._starts: list[int] = []  # where each turn begins in the cache
-        self._units_from = 0  # where the request's units begin
-        self._open = False  # a turn has begun and not been closed
-        self._said: list[int] = []  # where each unit of the reply stands in the cache
+        self._turn: _Turn | None = None
         self._clear_counts()
 
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """What every context begins with: the examples, after what begins any sequence."""
+        return tuple(self._prefix)
+
     def begin(self) -> None:
-        """Open a turn in which the user speaks; one that was never answered is forgotten."""
+        """Open a turn in which the user speaks; one that was never ended is forgotten."""
         self.abandon()
         self._clear_counts()
-        self._slide()
         if not self._lm.length:
             self._lm.append(self._prefix)
-        self._open = True
-        self._starts.append(self._lm.length)
-        self._lm.append([self._tokenizer.speech_tag])
-        self._units_from = self._lm.length
+        start = self._lm.length
+        self._starts.append(start)
+        self._lm.append(self._opening)
+        self._turn = _Turn(start, self._lm.length, self._lm.length)
 
     def hear(self, keep: int, frames: Sequence[UnitFrame]) -> None:
         """Of the request's units told so far keep the first ``keep``, then append ``frames``.
 
-        Units that only repeat what is in the cache already cost nothing.
+        Units that only repeat what is in the cache already cost nothing. Those for which the cache
+        has no room are left out.
         """
+        turn, lm = self._opened(), self._lm
         known = [frame for frame in frames if frame.kind in self._kinds]
         new = self._tokenizer.unit_ids(known)
-        at = self._units_from + keep
-        old = self._lm.ids[at:]
+        at = turn.units + keep
+        old = lm.ids[at : turn.request_end]
         same = next(
             (n for n, (a, b) in enumerate(zip(old, new, strict=False)) if a != b),
             min(len(old), len(new)),
         )
-        self._rewound += self._lm.length - (at + same)
-        self._lm.rewind(at + same)
-        self._lm.append(new[same:])
-        self._prefilled += len(new) - same
+        self._forget_reply()
+        self._counts["rewound_tokens"] += turn.request_end - (at + same)
+        lm.rewind(at + same)
+        fitting = new[same : lm.capacity - at]
+        lm.append(fitting)
+        turn.request_end = lm.length
+        self._counts["prefilled_tokens"] += len(fitting)
 
     def reply(self) -> Steps:
-        """Decode the reply. When it ends the turn is closed in the cache, also if it ends early."""
-        self._said = []
-        try:
-            if self._config.mode == "text-then-speech":
-                yield from self._plan()
-                yield from self._speak(Modality.SPEECH)
-            else:
-                yield from self._speak(Modality.parse(self._config.mode))
-        finally:
-            self._close()
+        """Decode a reply to what has been heard so far; an earlier one is forgotten."""
+        self._forget_reply()
+        if self._config.mode == "text-then-speech":
+            yield from self._plan()
+            yield from self._speak(Modality.SPEECH)
+        else:
+            self._invite()
+            yield from self._speak(Modality.parse(self._config.mode))
 
-    def cut(self, units: int) -> None:
-        """Of the reply that has just ended remember only the first ``units`` units."""
-        if units < len(self._said):
-            self._lm.rewind(self._said[units])
-            self._close()
+    def end(self, units: int | None = None, characters: int = 0) -> None:
+        """The turn is over: of the reply, remember what was heard.
+
+        Args:
+            units: how many of the reply's units were heard; ``None`` if all were.
+            characters: how much of the reply's text that was, where it was planned as text.
+        """
+        turn, lm = self._turn, self._lm
+        if turn is None:
+            return
+        if lm.length == turn.request_end:  # not a token of a reply
+            self.abandon()
+            return
+        if units is not None:
+            self._cut(turn, units, characters)
+        if lm.ids[-1] != self._tokenizer.eos and lm.length < lm.capacity:
+            lm.append([self._tokenizer.eos])
+        self._turn = None
+        self._slide()
 
     def abandon(self) -> None:
         """Forget the open turn, as if nothing had been said."""
-        if self._open:
+        if self._turn is not None:
             self._lm.rewind(self._starts.pop())
-        self._open = False
+        self._turn = None
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Tokens of the turn in progress, by what was done with them."""
+        return dict(self._counts)
+
+    def _opened(self) -> _Turn:
+        if self._turn is None:
+            raise RuntimeError("no turn is open: begin one")
+        return self._turn
+
+    def _forget_reply(self) -> None:
+        """Back to the end of the request."""
+        turn = self._opened()
+        self._counts["wasted_tokens"] += len(turn.words) + len(turn.said)
+        self._lm.rewind(turn.request_end)
+        turn.words_begin = None
+        turn.words.clear()
+        turn.said.clear()
+
+    def _tagged(self, tag: str, last: int) -> list[int]:
+        """``tag`` as text, if there is one, before the tag ``last``."""
+        before = self._tokenizer.encode(Modality.TEXT.tag + tag, bos=False)[1:] if tag else []
+        return [*before, last]
+
+    def _invite(self) -> None:
+        """What stands between the request and a reply that is not planned as text."""
+        if self._config.agent_tag:
+            speech = self._config.mode == "speech"
+            tagged = self._tagged(self._config.agent_tag, self._tokenizer.speech_tag)
+            self._lm.append(tagged if speech else tagged[:-1])
 
     def _plan(self) -> Steps:
         """Text up to the tag that begins speech."""
-        lm, tokenizer = self._lm, self._tokenizer
-        lm.append([tokenizer.text_tag])
+        lm, tokenizer, turn = self._lm, self._tokenizer, self._opened()
+        lm.append(self._tagged(self._config.agent_tag, 0)[:-1] or [tokenizer.text_tag])
+        turn.words_begin = lm.length
         decoder = IncrementalDecoder(tokenizer)
         splitter = _Splitter(self._config.separator)
-        for _ in range(self._config.max_text_tokens):
+        characters = 0
+        for _ in range(min(self._config.max_text_tokens, lm.capacity - lm.length - 2)):
             i = lm.decode(self._text_sampling, self._masks[Modality.TEXT])
             if i in (tokenizer.speech_tag, tokenizer.eos):
                 lm.rewind(lm.length - 1)
                 break
-            self._text_tokens += 1
-            for said in decoder.push(i):
-                if isinstance(said, str):
-                    yield from splitter.push(said)
+            self._counts["text_tokens"] += 1
+            for piece in _pieces(decoder.push(i), splitter):
+                characters += len(piece.text) if isinstance(piece, SaidText) else 0
+                yield piece
+            turn.words.append(characters)
             yield None
         yield from splitter.flush()
         lm.append([tokenizer.speech_tag])
 
     def _speak(self, modality: Modality) -> Steps:
         """Units, and text where ``modality`` allows it, to the end of the sequence or a limit."""
-        lm = self._lm
+        lm, turn = self._lm, self._opened()
         decoder = IncrementalDecoder(self._tokenizer)
         units: list[Unit] = []
+        text = _Watched(self._config.stop_text)
         text_left = self._config.max_text_tokens
         while lm.length < lm.capacity and not _loops(units):
             i = lm.decode(self._speech_sampling, self._masks[modality])
@@ -172,22 +250,35 @@ class Dialogue:
                 return
             for said in decoder.push(i):
                 if isinstance(said, Unit):
-                    self._speech_tokens += 1
+                    self._counts["speech_tokens"] += 1
                     units.append(said)
-                    self._said.append(lm.length - 1)
+                    turn.said.append(lm.length - 1)
                     yield SaidUnit(said)
                 elif isinstance(said, str):
-                    self._text_tokens += 1
+                    self._counts["text_tokens"] += 1
                     text_left -= 1
+                    stopped_at = text.push(said, lm.length - 1)
+                    if stopped_at is not None:
+                        lm.rewind(stopped_at)
+                        return
                     yield SaidText(said)
             if text_left <= 0:
                 return
 
-    def _close(self) -> None:
-        """End the turn with the end-of-sequence token, however it came to an end."""
-        lm, self._open = self._lm, False
-        if lm.ids[-1] != self._tokenizer.eos and lm.length < lm.capacity:
-            lm.append([self._tokenizer.eos])
+    def _cut(self, turn: _Turn, units: int, characters: int) -> None:
+        """Take from the cache what of the reply was not heard: sounds, and words of the plan."""
+        lm = self._lm
+        if turn.words_begin is None:
+            if units < len(turn.said):
+                lm.rewind(turn.said[units])
+            return
+        words = bisect.bisect_right(turn.words, characters)
+        spoken = [lm.ids[at] for at in turn.said[:units]]
+        if words < len(turn.words) or not turn.said:
+            lm.rewind(turn.words_begin + words)
+            lm.append([self._tokenizer.speech_tag, *spoken])
+        elif units < len(turn.said):
+            lm.rewind(turn.said[units])
 
     def _slide(self) -> None:
         """Keep the latest turns that fit when the context has grown over its limit."""
@@ -196,24 +287,49 @@ class Dialogue:
             return
         ids = self._lm.ids
         # Half, so that this is not needed again at the very next turn.
-        kept = [start for start in self._starts if len(ids) - start <= limit // 2]
+        room = (limit - len(self._prefix)) // 2
+        kept = [start for start in self._starts if len(ids) - start <= room]
         first = kept[0] if kept else len(ids)
-        self._lm.reset()
-        self._lm.append([*self._prefix, *ids[first:]])
+        latest = list(ids[first:])
+        self._lm.rewind(len(self._prefix))
+        self._lm.append(latest)
         self._starts = [start - first + len(self._prefix) for start in kept]
 
-    @property
-    def counts(self) -> dict[str, int]:
-        """Tokens of the turn in progress, by what was done with them."""
-        return {
-            "prefilled_tokens": self._prefilled,
-            "rewound_tokens": self._rewound,
-            "text_tokens": self._text_tokens,
-            "speech_tokens": self._speech_tokens,
-        }
-
     def _clear_counts(self) -> None:
-        self._prefilled = self._rewound = self._text_tokens = self._speech_tokens = 0
+        self._counts = dict.fromkeys(
+            ("prefilled_tokens", "rewound_tokens", "text_tokens", "speech_tokens", "wasted_tokens"),
+            0,
+        )
+
+
+def _pieces(decoded: Iterable[Decoded], splitter: _Splitter) -> Iterator[Piece]:
+    for said in decoded:
+        if isinstance(said, str):
+            yield from splitter.push(said)
+
+
+class _Watched:
+    """Text as it grows, watched for a stop text that may come in pieces."""
+
+    def __init__(self, stop: str) -> None:
+        self._stop = stop
+        self._pieces: list[tuple[str, int]] = []
+
+    def push(self, text: str, position: int) -> int | None:
+        """Where the stop text begins in the cache, once it is complete."""
+        if not self._stop:
+            return None
+        self._pieces.append((text, position))
+        whole = "".join(piece for piece, _ in self._pieces)
+        at = whole.find(self._stop)
+        if at < 0:
+            self._pieces = self._pieces[-len(self._stop) :]
+            return None
+        for piece, start in self._pieces:
+            at -= len(piece)
+            if at < 0:
+                return start
+        return position
 
 
 class _Splitter:

@@ -152,6 +152,17 @@ class ReplyConfig(Section):
         default=" | ",
         description="between transcript and reply in text-then-speech; empty for none",
     )
+    user_tag: str = Field(
+        default="", description='text before each request, such as "User: "; empty for none'
+    )
+    agent_tag: str = Field(
+        default="", description='text before each reply, such as " Agent: "; empty for none'
+    )
+    stop_text: str = Field(
+        default="",
+        description="a reply ends where it would write this (the turn tag of a model that goes on "
+        "with the user's part); empty for none",
+    )
     max_text_tokens: int = Field(
         default=160, ge=1, le=4096, description="limit of text in a reply, tokens"
     )

@@ -26,6 +26,7 @@ MARKS: dict[str, str] = {
     "first_token": "first token of the reply",
     "first_unit": "first unit of the reply",
     "first_sample": "first sound of the reply",
+    "first_heard": "it left the loudspeaker",
     "last_sample": "last sound of the reply",
 }
 """The moments of a turn, in order, and what they mean."""
@@ -87,6 +88,14 @@ class TurnTrace:
         if name not in MARKS:
             raise ValueError(f"{name!r} is no moment of a turn: one of {', '.join(MARKS)}")
         self.marks.setdefault(name, time)
+
+    def count(self, name: str, by: int = 1) -> None:
+        """Add to the count of ``name``."""
+        self.counts[name] = self.counts.get(name, 0) + by
+
+    def spend(self, stage: str, seconds: float) -> None:
+        """Add to the work of ``stage``."""
+        self.work[stage] = self.work.get(stage, 0.0) + seconds
 
     @property
     def milliseconds(self) -> dict[str, float]:

@@ -97,7 +97,11 @@ class SpeechAudio:
 
 @dataclass(frozen=True)
 class SilenceStarted:
-    """Speech seems to have ended at ``sample``; the hangover is running."""
+    """Speech seems to have ended at ``sample``; the hangover is running.
+
+    It comes when all the audio has gone out that the utterance would have if it were over: what
+    is made of it now is what would be made of it at the endpoint.
+    """
 
     sample: int
 
@@ -130,6 +134,7 @@ class _State(Enum):
     IDLE = "no speech"
     CANDIDATE = "perhaps speech, not long enough yet"
     SPEECH = "speech"
+    FADING = "silence, but its first part is still audio of the utterance"
     SILENCE = "hangover"
 
 
@@ -155,7 +160,8 @@ class VoiceActivityDetector:
         self._window = max(1, round(s.window_ms / s.frame_ms))
         self._pre_roll = s.pre_roll_ms * _SAMPLES_PER_MS
         self._min_speech = s.min_speech_ms * _SAMPLES_PER_MS
-        self._hangover = s.hangover_ms * _SAMPLES_PER_MS
+        self._hangover = 0
+        self.hangover = s.hangover_ms * _SAMPLES_PER_MS
         self._trailing = s.trailing_ms * _SAMPLES_PER_MS
         self._max_utterance = s.max_utterance_ms * _SAMPLES_PER_MS
         self._floor = 10 ** (s.energy_floor_dbfs / 20)
@@ -164,7 +170,24 @@ class VoiceActivityDetector:
     @property
     def in_utterance(self) -> bool:
         """Whether an utterance is open."""
-        return self._state in (_State.SPEECH, _State.SILENCE)
+        return self._state in (_State.SPEECH, _State.FADING, _State.SILENCE)
+
+    @property
+    def hangover(self) -> int:
+        """Samples of silence that end an utterance; may be changed at any time.
+
+        It is never less than what of the silence is audio (``trailing_ms``).
+        """
+        return self._hangover
+
+    @hangover.setter
+    def hangover(self, samples: int) -> None:
+        self._hangover = max(samples, self.settings.trailing_ms * _SAMPLES_PER_MS)
+
+    def drop(self) -> None:
+        """Forget an open utterance, of which nothing more comes; the sample clock goes on."""
+        self._emitted = self._now
+        self._listen_again()
 
     def reset(self) -> None:
         """Forget everything; the sample clock starts again at 0."""
@@ -203,7 +226,7 @@ class VoiceActivityDetector:
             yield from self._weigh_candidate(voiced, share)
         elif self._state is _State.SPEECH:
             yield from self._follow_speech(voiced, share)
-        elif self._state is _State.SILENCE:
+        elif self.in_utterance:
             yield from self._wait(share)
         if self.in_utterance and self._now - self._start >= self._max_utterance:
             yield from self._end()
@@ -224,20 +247,27 @@ class VoiceActivityDetector:
     def _follow_speech(self, voiced: bool, share: float) -> Iterator[VadEvent]:
         if voiced:
             self._speech_end = self._now
-        if share < self.settings.off_share:
-            self._state = _State.SILENCE
-            yield SilenceStarted(self._speech_end)
         yield from self._emit()
+        if share < self.settings.off_share:
+            self._state = _State.FADING
+            yield from self._fade()
 
     def _wait(self, share: float) -> Iterator[VadEvent]:
         if share >= self.settings.on_share:
-            self._state = _State.SPEECH
+            withheld, self._state = self._state is _State.SILENCE, _State.SPEECH
             resumed = max(self._first_vote(), self._speech_end)
             self._speech_end = self._last_vote()
-            yield SpeechResumed(resumed)
+            if withheld:
+                yield SpeechResumed(resumed)
         yield from self._emit()
+        yield from self._fade()
         if self._state is _State.SILENCE and self._now - self._speech_end >= self._hangover:
             yield from self._end()
+
+    def _fade(self) -> Iterator[VadEvent]:
+        if self._state is _State.FADING and self._now - self._speech_end >= self._trailing:
+            self._state = _State.SILENCE
+            yield SilenceStarted(self._speech_end)
 
     def _end(self) -> Iterator[VadEvent]:
         yield from self._emit()

@@ -12,7 +12,7 @@ def test_items_come_out_in_order_and_a_closed_channel_empties_first() -> None:
         channel: Channel[int] = Channel("numbers", 4)
         for number in range(3):
             await channel.put(number)
-        await channel.close()
+        channel.close()
         return [number async for number in channel]
 
     assert asyncio.run(scenario()) == [0, 1, 2]
@@ -26,7 +26,7 @@ def test_a_full_blocking_channel_waits_and_never_holds_more_than_its_capacity() 
             for number in range(100):
                 await channel.put(number)
                 assert len(channel) <= 2
-            await channel.close()
+            channel.close()
 
         producer = asyncio.create_task(produce())
         got = [number async for number in channel]
@@ -46,7 +46,7 @@ def test_a_full_dropping_channel_counts_what_it_drops(policy: Policy, left: list
         channel: Channel[int] = Channel("numbers", 2, policy)
         for number in range(5):
             await channel.put(number)
-        await channel.close()
+        channel.close()
         return [number async for number in channel], channel.counters.dropped
 
     assert asyncio.run(scenario()) == (left, 3)
@@ -61,7 +61,7 @@ def test_items_of_a_cancelled_turn_are_dropped_on_both_sides_and_counted() -> No
         turns.cancel(old)
         late = await channel.put("old, too late", old)
         await channel.put("new", turns.begin())
-        await channel.close()
+        channel.close()
         return [word async for word in channel], channel.counters.stale, late
 
     assert asyncio.run(scenario()) == (["new"], 2, False)
@@ -76,7 +76,7 @@ def test_cancelling_frees_a_producer_that_waits_with_an_item_of_that_turn() -> N
         waiting = asyncio.create_task(channel.put("second", turn))
         await asyncio.sleep(0)
         turns.cancel(turn)
-        await channel.wake()
+        channel.wake()
         return await asyncio.wait_for(waiting, 1)
 
     assert asyncio.run(scenario()) is False
@@ -90,8 +90,8 @@ def test_closing_frees_everybody_who_waits() -> None:
         producer = asyncio.create_task(full.put(2))
         consumer = asyncio.create_task(empty.get())
         await asyncio.sleep(0)
-        await full.close()
-        await empty.close()
+        full.close()
+        empty.close()
         for task in (producer, consumer):
             with pytest.raises(ChannelClosed):
                 await asyncio.wait_for(task, 1)

@@ -82,6 +82,7 @@ def test_a_turn_is_request_transcript_reply_and_its_sound(tokenizer: Tokenizer) 
     assert [p for p in pieces if isinstance(p, HeardText)] == [HeardText("hello")]
     assert "".join(p.text for p in pieces if isinstance(p, SaidText)) == "Hi you."
     assert [p.unit.index for p in pieces if isinstance(p, SaidUnit)] == [7, 8]
+    talk.end()
     request = [tokenizer.unit_id("Hu", i) for i in (1, 2)]
     assert model.ids == [
         *opening(tokenizer), *request, tokenizer.text_tag, *words,
@@ -110,7 +111,8 @@ def test_a_reply_let_go_of_early_still_closes_its_turn(tokenizer: Tokenizer) -> 
     while not isinstance(next(steps), SaidUnit):
         pass
     steps.close()
-    assert model.ids[-1] == tokenizer.eos
+    talk.end(1)
+    assert model.ids[-2:] == [tokenizer.unit_id("Hu", 3), tokenizer.eos]
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -124,10 +126,111 @@ def test_of_a_reply_that_was_cut_only_the_beginning_is_remembered(
     for _ in range(4 if whole else 2):
         next(steps)
     steps.close()
-    talk.cut(2)
+    talk.end(2)
     assert model.ids == [*opening(tokenizer), *units[:2], tokenizer.eos]
-    talk.cut(2)
-    assert model.ids == [*opening(tokenizer), *units[:2], tokenizer.eos]
+    talk.end(1)
+    assert model.ids == [*opening(tokenizer), *units[:2], tokenizer.eos], "a turn ends once"
+
+
+def planned(tokenizer: Tokenizer) -> tuple[list[int], list[int], list[int]]:
+    """A request, and what a model says to it: transcript with reply, and units."""
+    request = [tokenizer.unit_id("Hu", i) for i in (1, 2)]
+    words = tokenizer.encode("[Text]hello | One two three.", bos=False)[2:]
+    return request, words, [tokenizer.unit_id("Hu", i) for i in (7, 8, 9)]
+
+
+@pytest.mark.parametrize(
+    ("heard", "units", "words"),
+    [(0, 0, "hello |"), (4, 1, "hello | One"), (8, 2, "hello | One two")],
+)
+def test_words_that_nobody_heard_are_not_remembered_either(
+    tokenizer: Tokenizer, heard: int, units: int, words: str
+) -> None:
+    request, text, said_units = planned(tokenizer)
+    talk, model = dialogue(tokenizer, [*text, tokenizer.speech_tag, *said_units, tokenizer.eos])
+    talk.begin()
+    talk.hear(0, frames(1, 2))
+    spoken = "".join(p.text for p in said(talk) if isinstance(p, SaidText))
+    assert spoken == "One two three."
+    talk.end(units, characters=heard)
+    remembered = tokenizer.encode(f"[Text]{words}", bos=False)[2:]
+    assert model.ids == [
+        *opening(tokenizer), *request, tokenizer.text_tag, *remembered,
+        tokenizer.speech_tag, *said_units[:units], tokenizer.eos,
+    ]  # fmt: skip
+
+
+def test_a_request_that_goes_on_takes_back_the_reply_that_was_begun(tokenizer: Tokenizer) -> None:
+    _, text, said_units = planned(tokenizer)
+    script = [*text, tokenizer.speech_tag, said_units[0], tokenizer.eos]
+    talk, model = dialogue(tokenizer, script * 2)
+    talk.begin()
+    talk.hear(0, frames(1, 2))
+    said(talk)
+    talk.hear(2, frames(3))
+    assert model.ids == [*opening(tokenizer), *(tokenizer.unit_id("Hu", i) for i in (1, 2, 3))]
+    assert talk.counts["wasted_tokens"] == len(text) + 1
+    assert [p for p in said(talk) if isinstance(p, HeardText)] == [HeardText("hello")]
+
+
+def test_a_reply_can_be_tried_again_with_nothing_new(tokenizer: Tokenizer) -> None:
+    units = [tokenizer.unit_id("Hu", i) for i in (3, 4)]
+    talk, model = dialogue(tokenizer, [*units, tokenizer.eos] * 2, mode="speech")
+    talk.begin()
+    talk.hear(0, frames(1))
+    said(talk)
+    said(talk)
+    talk.end()
+    assert model.ids == [
+        *opening(tokenizer), tokenizer.unit_id("Hu", 1), *units, tokenizer.eos
+    ]  # fmt: skip
+
+
+def test_a_request_too_long_for_the_cache_loses_its_end_and_not_the_session(
+    tokenizer: Tokenizer,
+) -> None:
+    model = ScriptedModel([], capacity=20)
+    talk = Dialogue(model, tokenizer, ReplyConfig(), Sampling(), Sampling())  # type: ignore[arg-type]
+    talk.begin()
+    talk.hear(0, frames(*range(100)))
+    assert model.length == 20
+    assert said(talk) == []
+    talk.end()
+    talk.begin()
+
+
+def test_examples_come_first_and_are_never_forgotten(tokenizer: Tokenizer) -> None:
+    units = [tokenizer.unit_id("Hu", i % 400) for i in range(60)]
+    model = ScriptedModel([*units, tokenizer.eos] * 20)
+    config = ReplyConfig(mode="speech", context_tokens=200)
+    examples = "[Text]User: [Speech][Hu1][Hu2][Text] Agent: Hello."
+    talk = Dialogue(model, tokenizer, config, Sampling(), Sampling(), examples=examples)  # type: ignore[arg-type]
+    for turn in range(20):
+        talk.begin()
+        talk.hear(0, frames(turn))
+        said(talk)
+        talk.end()
+        assert model.ids[: len(talk.prefix)] == tokenizer.encode(examples)
+        assert model.length <= 200
+
+
+def test_tags_mark_who_speaks_and_stop_the_model_from_speaking_for_the_user(
+    tokenizer: Tokenizer,
+) -> None:
+    unit = tokenizer.unit_id("Hu", 5)
+    says = tokenizer.encode("[Text]Hi. User: and", bos=False)[2:]
+    talk, model = dialogue(
+        tokenizer, says, mode="any", user_tag="User: ", agent_tag=" Agent: ", stop_text="User:"
+    )
+    talk.begin()
+    talk.hear(0, frames(5))
+    text = "".join(p.text for p in said(talk) if isinstance(p, SaidText))
+    talk.end()
+    assert "User" not in text or not text.endswith("and")
+    whole = tokenizer.decode(model.ids, skip_special_tokens=False)
+    assert whole.count("User:") == 1, whole
+    assert model.ids.index(unit) > model.ids.index(tokenizer.speech_tag)
+    assert model.ids[-1] == tokenizer.eos
 
 
 def test_a_turn_that_is_never_answered_leaves_nothing_behind(tokenizer: Tokenizer) -> None:
@@ -145,6 +248,7 @@ def test_a_model_that_never_ends_its_text_is_made_to_speak(tokenizer: Tokenizer)
     talk.begin()
     pieces = said(talk)
     assert "".join(p.text for p in pieces if isinstance(p, SaidText)) == "so" * 5
+    talk.end()
     assert model.ids[-2:] == [tokenizer.speech_tag, tokenizer.eos]
 
 
@@ -166,16 +270,23 @@ def test_units_without_a_sound_are_never_sampled(tokenizer: Tokenizer) -> None:
         said(talk)
 
 
-def test_a_long_conversation_keeps_its_latest_turns(tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("heard", [None, 20])
+def test_a_long_conversation_keeps_its_latest_turns(
+    tokenizer: Tokenizer, heard: int | None
+) -> None:
     units = [tokenizer.unit_id("Hu", i % 400) for i in range(60)]
     talk, model = dialogue(
         tokenizer, [*units, tokenizer.eos] * 20, mode="speech", context_tokens=200
     )
+    start = opening(tokenizer)
+    closed = [*units[:heard], tokenizer.eos]
     for turn in range(20):
         talk.begin()
         talk.hear(0, frames(turn))
         said(talk)
-        start = opening(tokenizer)
+        talk.end(heard)
         assert model.ids[: len(start)] == start
-        assert model.length < 300
-    assert model.ids.count(tokenizer.eos) >= 2, "more than the last turn is remembered"
+        assert model.length <= 200
+        last = [tokenizer.speech_tag, tokenizer.unit_id("Hu", turn), *closed]
+        assert model.ids[-len(last) :] == last, "the latest turn is whole, as far as it was heard"
+    assert model.ids.count(tokenizer.eos) >= 1

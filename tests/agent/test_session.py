@@ -13,8 +13,8 @@ import pytest
 
 from agent.config import Config
 from agent.events import Event, Heard, ReplyAudio, ReplyText, TurnEnded, TurnStarted
-from agent.pipeline import Pipeline
 from agent.reply import HeardText, Piece, SaidText, SaidUnit, Steps
+from agent.session import Session
 from stages import SAMPLE_RATE
 from stages.encoder import Revision
 from stages.units import Unit, UnitFrame
@@ -29,7 +29,11 @@ class ScriptedVad:
     """Loud chunks are speech; the first quiet one after them is the endpoint."""
 
     def __init__(self) -> None:
-        self.position, self.speaking = 0, False
+        self.position, self.speaking, self.hangover = 0, False, 0
+
+    @property
+    def in_utterance(self) -> bool:
+        return self.speaking
 
     def push(self, wave: np.ndarray) -> list[VadEvent]:
         start, self.position = self.position, self.position + len(wave)
@@ -61,8 +65,8 @@ class ScriptedEncoder:
         self.frames.append(UnitFrame("Hu", round(float(wave.max()) * 100), 0, final=False))
         return [Revision(len(self.frames) - 1, self.frames[-1:])]
 
-    def flush(self) -> list[Revision]:
-        return [Revision(len(self.frames), [], exact=True)]
+    def settle(self) -> list[Revision]:
+        return []
 
 
 class ScriptedDialogue:
@@ -84,8 +88,8 @@ class ScriptedDialogue:
     def abandon(self) -> None:
         self.log.append("abandon")
 
-    def cut(self, units: int) -> None:
-        self.log.append(f"cut to {units}")
+    def end(self, units: int | None, characters: int) -> None:
+        self.log.append("end" if units is None else f"end at {units}")
 
     def reply(self) -> Steps:
         try:
@@ -137,6 +141,9 @@ class ScriptedModels:
     def encoder(self) -> ScriptedEncoder:
         return ScriptedEncoder()
 
+    def turn_end(self) -> None:
+        return None
+
     def vocoder(self) -> ScriptedVocoder:
         return ScriptedVocoder()
 
@@ -155,14 +162,14 @@ async def stream(chunks: Sequence[np.ndarray]) -> AsyncIterator[np.ndarray]:
         yield chunk
 
 
-def pipeline(dialogue: ScriptedDialogue, **settings: Any) -> Pipeline:
+def session(dialogue: ScriptedDialogue, **settings: Any) -> Session:
     config = Config.model_validate(settings)
-    return Pipeline(ScriptedModels(dialogue), config)  # type: ignore[arg-type]
+    return Session(ScriptedModels(dialogue), config)  # type: ignore[arg-type]
 
 
 def converse(dialogue: ScriptedDialogue, *chunks: np.ndarray, **settings: Any) -> list[Event]:
     async def run() -> list[Event]:
-        async with pipeline(dialogue, **settings) as talk:
+        async with session(dialogue, **settings) as talk:
             return [event async for event in talk.converse(stream(chunks))]
 
     return asyncio.run(run())
@@ -220,7 +227,7 @@ def test_speech_that_runs_into_the_end_of_the_recording_is_answered() -> None:
 def test_a_slow_reader_holds_everything_back_and_nothing_grows() -> None:
     async def run() -> TurnEnded:
         sizes = {"speech": 4, "units": 4, "reply": 4, "events": 4}
-        async with pipeline(ScriptedDialogue(times=200), channels=sizes) as talk:
+        async with session(ScriptedDialogue(times=200), channels=sizes) as talk:
             ended = None
             async for event in talk.converse(stream(speech(*range(1, 60)))):
                 await asyncio.sleep(0)
@@ -240,7 +247,7 @@ def test_an_interrupted_reply_stops_at_once_and_its_turn_still_ends() -> None:
     async def run() -> tuple[list[Event], list[Event]]:
         before: list[Event] = []
         after: list[Event] = []
-        async with pipeline(dialogue, reply={"max_seconds": 600}) as talk:
+        async with session(dialogue, reply={"max_seconds": 600}) as talk:
             async for event in talk.converse(stream(speech(7))):
                 (after if talk_over else before).append(event)
                 if len(of(ReplyAudio, before)) == 3 and not talk_over:
@@ -252,7 +259,7 @@ def test_an_interrupted_reply_stops_at_once_and_its_turn_still_ends() -> None:
     _, after = asyncio.run(run())
     assert not of(ReplyAudio, after), "nothing of a past turn is played"
     assert [event.trace.ended for event in of(TurnEnded, after)] == ["interrupted"]
-    assert dialogue.log == ["begin", "close"]
+    assert dialogue.log == ["begin", "close", "end at 3"]
 
 
 def test_the_turn_after_an_interruption_is_answered() -> None:
@@ -270,7 +277,7 @@ def test_the_turn_after_an_interruption_is_answered() -> None:
                 yield chunk
 
         events: list[Event] = []
-        async with pipeline(dialogue, reply={"max_seconds": 600}) as talk:
+        async with session(dialogue, reply={"max_seconds": 600}) as talk:
             async for event in talk.converse(source()):
                 events.append(event)
                 if isinstance(event, ReplyAudio) and not go_on.is_set():
@@ -290,13 +297,13 @@ def test_a_reply_is_cut_at_its_limit() -> None:
     samples = sum(len(event.samples) for event in of(ReplyAudio, events))
     assert samples == SAMPLE_RATE // 2
     assert of(TurnEnded, events)[0].trace.ended == "long enough"
-    assert dialogue.log == ["begin", "close", "cut to 13"], "it remembers what was spoken"
+    assert dialogue.log == ["begin", "close", "end at 13"], "it remembers what was spoken"
 
 
 def test_the_next_turn_begins_when_the_reply_before_has_been_spoken() -> None:
     dialogue = ScriptedDialogue(times=40)
     converse(dialogue, *speech(9), *speech(8), reply={"max_seconds": 0.5})
-    assert dialogue.log == ["begin", "close", "cut to 13"] * 2
+    assert dialogue.log == ["begin", "close", "end at 13"] * 2
 
 
 def test_a_reply_that_falls_silent_is_over() -> None:
@@ -332,7 +339,7 @@ def test_a_failure_reaches_the_caller_and_stops_everything(where: str) -> None:
 
     async def run() -> None:
         dialogue = ScriptedDialogue(each=fail if where == "model" else lambda: None)
-        async with pipeline(dialogue) as talk:
+        async with session(dialogue) as talk:
             async for _ in talk.converse(broken()):
                 pass
 
@@ -342,7 +349,7 @@ def test_a_failure_reaches_the_caller_and_stops_everything(where: str) -> None:
 
 def test_a_caller_who_stops_listening_leaves_no_task_behind() -> None:
     async def run() -> set[str]:
-        async with pipeline(ScriptedDialogue(times=100_000)) as talk:
+        async with session(ScriptedDialogue(times=100_000)) as talk:
             events = talk.converse(stream(speech(1, 2)))
             async for event in events:
                 if isinstance(event, ReplyAudio):
@@ -366,7 +373,7 @@ def test_the_event_loop_is_never_held_by_model_work() -> None:
 
         ticking = asyncio.create_task(tick())
         dialogue = ScriptedDialogue(times=10, each=lambda: time.sleep(0.1))
-        async with pipeline(dialogue) as talk:
+        async with session(dialogue) as talk:
             async for _ in talk.converse(stream(speech(1))):
                 pass
         ticking.cancel()

@@ -107,3 +107,52 @@ def shift(
         return None
     moved = ((name, a + seconds, min(b + seconds, end)) for name, a, b in segments)
     return [(name, round(a, 4), round(b, 4)) for name, a, b in moved if b > a]
+
+
+VOWELS = frozenset("ɑæʌɔWəIɛɜAɪiOYʊu")
+SKIPPED, ALIKE, OTHER = 0.7, 0.4, 1.0  # costs of matching two pronunciations
+
+
+def match_words(
+    phones: Sequence[Segment], words: Sequence[str], pronounced: Sequence[str]
+) -> list[Segment] | None:
+    """Times of ``words`` in ``phones`` of a synthesiser that does not tell where its words are.
+
+    ``pronounced`` holds the phonemes of each word as another one would say them; the two
+    pronunciations are matched at the least cost. None when a word has no sound of its own.
+    """
+    said = [segment for segment in phones if segment[0] != "sil"]
+    expected = [(p, i) for i, word in enumerate(pronounced) for p in word if p not in MARKS]
+    spans: list[tuple[float, float] | None] = [None] * len(words)
+    for at, wanted in _matched([name for name, _, _ in said], [p for p, _ in expected]):
+        _, start, end = said[at]
+        before = spans[expected[wanted][1]]
+        spans[expected[wanted][1]] = (before[0] if before else start, end)
+    found = [(word, *span) for word, span in zip(words, spans, strict=True) if span]
+    return found if len(found) == len(words) else None
+
+
+def _matched(said: Sequence[str], expected: Sequence[str]) -> list[tuple[int, int]]:
+    """Pairs of indices of the cheapest alignment (Needleman and Wunsch, 1970), in order."""
+    rows, columns = len(said) + 1, len(expected) + 1
+    cost = [[SKIPPED * (i + j) for j in range(columns)] for i in range(rows)]
+
+    def swap(i: int, j: int) -> float:
+        a, b = said[i - 1], expected[j - 1]
+        price = 0.0 if a == b else ALIKE if (a in VOWELS) == (b in VOWELS) else OTHER
+        return cost[i - 1][j - 1] + price
+
+    for i in range(1, rows):
+        for j in range(1, columns):
+            cost[i][j] = min(swap(i, j), cost[i - 1][j] + SKIPPED, cost[i][j - 1] + SKIPPED)
+    pairs: list[tuple[int, int]] = []
+    i, j = rows - 1, columns - 1
+    while i and j:
+        if cost[i][j] == swap(i, j):
+            i, j = i - 1, j - 1
+            pairs.append((i, j))
+        elif cost[i][j] == cost[i - 1][j] + SKIPPED:
+            i -= 1
+        else:
+            j -= 1
+    return pairs[::-1]

@@ -25,6 +25,7 @@ from rich.progress import track
 
 from recipes import domain
 from recipes.align import shift
+from recipes.lm_words import more_requests
 from recipes.voices import (
     FAST,
     LIVELY,
@@ -44,6 +45,9 @@ FLITE = ("slt", "rms", "awb")
 REQUEST_STYLES = {NEUTRAL: 80, LIVELY: 7, MONOTONE: 4, WHISPERED: 3, FAST: 6}
 BOOK_STYLES = {NEUTRAL: 50, LIVELY: 16, MONOTONE: 10, WHISPERED: 10, FAST: 14}
 NOISY_SHARE = 0.05
+# Of the second part of the corpus, which is there for new sequences of words:
+MORE_REQUESTS, MIXED, MORE_BOOK = 5600, 1600, 900  # recordings
+MIXED_HEART_SHARE = 0.4  # the voice that must learn to say every word
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,12 @@ def _draw_style(rng: random.Random, voice: str, weights: dict[int, int]) -> int:
 
 
 def plan(seed: int = 0) -> list[Job]:
-    """Every recording of the corpus, shuffled. The same seed gives the same plan."""
+    """Every recording of the corpus, in two parts, each shuffled; the same for the same seed."""
+    return [*plan_first(seed), *plan_more(seed)]
+
+
+def plan_first(seed: int = 0) -> list[Job]:
+    """The drawn requests, all replies, the varied sentences; everything that is held out."""
     world = domain.build(seed)
     rng = random.Random(f"corpus {seed}")
     jobs = [*_plan_requests(world, rng), *_plan_replies(world, rng), *_plan_book(seed, rng)]
@@ -122,6 +131,54 @@ def _plan_book(seed: int, rng: random.Random) -> Iterator[Job]:
             style = _draw_style(rng, voice, REQUEST_STYLES)
             speed = round(rng.uniform(0.9, 1.12), 3)
             yield Job(f"book{number:05d}-{voice}", text, "book", None, voice, style, split, speed)
+
+
+def plan_more(seed: int = 0) -> list[Job]:
+    """Training requests not drawn yet, sentences mixed of their phrases, other voices' books."""
+    rng = random.Random(f"more {seed}")
+    recorded = {request.transcript for request in domain.build(seed).requests}
+    pool = [r for t, r in more_requests(seed).items() if t not in recorded]
+    jobs: list[Job] = []
+    for number, request in enumerate(rng.sample(pool, min(MORE_REQUESTS, len(pool)))):
+        voice = _draw_voice(rng)
+        style = _draw_style(rng, voice, REQUEST_STYLES)
+        jobs.append(
+            Job(
+                f"more{number:05d}-{voice}", request.text, "request", request.intent, voice, style,
+                "train", round(rng.uniform(0.85, 1.15), 3), rng.random() < NOISY_SHARE,
+            )
+        )  # fmt: skip
+    for number in range(MIXED):
+        voice = "heart" if rng.random() < MIXED_HEART_SHARE else _draw_voice(rng, ["heart"])
+        style = _draw_style(rng, voice, REQUEST_STYLES)
+        jobs.append(_plain(f"mixed{number:05d}", _mixed(rng, pool), voice, style, rng))
+    sentences, _ = domain.book(seed=seed)
+    for number in rng.sample(range(len(sentences)), min(MORE_BOOK, len(sentences))):
+        voice = _draw_voice(rng, ["heart"])
+        style = _draw_style(rng, voice, REQUEST_STYLES)
+        jobs.append(_plain(f"again{number:05d}", sentences[number], voice, style, rng))
+    rng.shuffle(jobs)
+    return jobs
+
+
+def _plain(name: str, text: str, voice: str, style: int, rng: random.Random) -> Job:
+    speed = round(rng.uniform(0.9, 1.12), 3)
+    return Job(f"{name}-{voice}", text, "book", None, voice, style, "train", speed)
+
+
+def _mixed(rng: random.Random, pool: Sequence[domain.Request]) -> str:
+    """A sentence of two to four phrases out of different requests or their replies."""
+    words: list[str] = []
+    for _ in range(rng.randint(2, 4)):
+        request = rng.choice(pool)
+        source = request.transcript
+        if rng.random() < 0.3:
+            source = domain.transcript(rng.choice(request.replies))
+        phrase = source.split()
+        size = min(len(phrase), rng.randint(1, 4))
+        start = rng.randint(0, len(phrase) - size)
+        words += phrase[start : start + size]
+    return domain.sentence(" ".join(words))
 
 
 def finish(
@@ -223,7 +280,7 @@ def corpus(
     """Make the corpus under ``work`` and return its summary. ``limit``: only so many recordings."""
     folder = work / "corpus"
     folder.mkdir(parents=True, exist_ok=True)
-    rows = domain.build(seed).dialogs()
+    rows = [*domain.build(seed).dialogs(), *_more_dialogs(seed)]
     (folder / "dialogs.jsonl").write_text("".join(map(_line, rows)), encoding="utf-8")
     synthesise(plan(seed)[:limit], folder, seed, processes)
     report = summary(read_manifest(folder)) | {"seed": seed, "voices": list(VOICES)}
@@ -233,6 +290,13 @@ def corpus(
     if limit is None:
         (folder / "DONE").write_text(text + "\n", encoding="utf-8")
     return report
+
+
+def _more_dialogs(seed: int) -> Iterator[dict[str, Any]]:
+    """Right replies to the requests of the second part that the first does not have."""
+    recorded = {job.text for job in plan_more(seed) if job.role == "request"}
+    requests = more_requests(seed).values()
+    yield from domain.Domain([r for r in requests if r.text in recorded]).dialogs()
 
 
 def main(

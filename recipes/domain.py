@@ -25,13 +25,15 @@ from recipes.grammar import (
     expand_choices,
     fill,
     parse_grammar,
-    sentence,
     slot_names,
     split_phrasings,
 )
+from recipes.grammar import parse_more as parse_more
+from recipes.grammar import sentence as sentence
 from recipes.grammar import transcript as transcript
 
 GRAMMAR = Path(__file__).with_name("domain.txt")
+MORE = Path(__file__).with_name("domain_more.txt")
 BOOK = Path(__file__).with_name("book.txt")
 BOOK_HELDOUT = 60
 # Words a recogniser may write for another of the same sound.
@@ -158,19 +160,57 @@ def _draw(
     return list(drawn)
 
 
-def _expand(
+def expand(
     intent: Intent, tables: Mapping[str, Table], vocabulary: set[str], seed: int
 ) -> Iterator[Request]:
+    """Requests of ``intent``, of training and held-out phrasings (see ``split_phrasings``).
+
+    For every filling of its slots ``intent.train`` and ``intent.held`` requests are drawn.
+    """
     rng = random.Random(f"{seed} {intent.name}")
-    groups = dict(zip(("train", "heldout"), split_phrasings(intent, vocabulary, rng), strict=True))
+    train, heldout = split_phrasings(intent, vocabulary, rng)
+    wanted = {"train": (train, intent.train), "heldout": (heldout, intent.held)}
+    yield from _requests(intent, tables, wanted, rng)
+
+
+def _requests(
+    intent: Intent, tables: Mapping[str, Table],
+    wanted: Mapping[str, tuple[list[str], float]], rng: random.Random,
+) -> Iterator[Request]:  # fmt: skip
+    for slots in _fillings(intent, tables):
+        replies = tuple(sentence(fill(reply, slots, tables)) for reply in intent.replies)
+        key = tuple(sorted(slots.items()))
+        for split, (patterns, count) in wanted.items():
+            for text in _draw(patterns, count, intent.polite, slots, tables, rng):
+                yield Request(intent.name, text, key, replies, intent.style, split)
+
+
+def _fillings(intent: Intent, tables: Mapping[str, Table]) -> Iterator[dict[str, str]]:
     names = slot_names((*intent.phrasings, *intent.replies))
     for values in itertools.product(*(tables[name] for name in names)):
-        slots = dict(zip(names, values, strict=True))
-        replies = tuple(sentence(fill(reply, slots, tables)) for reply in intent.replies)
-        for split, wanted in (("train", intent.train), ("heldout", intent.held)):
-            for text in _draw(groups[split], wanted, intent.polite, slots, tables, rng):
-                key = tuple(sorted(slots.items()))
-                yield Request(intent.name, text, key, replies, intent.style, split)
+        yield dict(zip(names, values, strict=True))
+
+
+def expand_more(
+    intent: Intent, phrasings: tuple[str, ...], tables: Mapping[str, Table], seed: int
+) -> Iterator[Request]:
+    """Requests of further ``phrasings`` of ``intent``, ``intent.train`` for every slot filling."""
+    rng = random.Random(f"{seed} {intent.name} more")
+    yield from _requests(intent, tables, {"train": (list(phrasings), intent.train)}, rng)
+
+
+def heldout_transcripts(intents: list[Intent], tables: Mapping[str, Table], seed: int) -> set[str]:
+    """Everything that the held-out phrasings can say, courtesies included."""
+    vocabulary = common_words(intents)
+    found: set[str] = set()
+    for intent in intents:
+        _, heldout = split_phrasings(intent, vocabulary, random.Random(f"{seed} {intent.name}"))
+        for slots, pattern in itertools.product(_fillings(intent, tables), heldout):
+            for reading in expand_choices(pattern):
+                text = fill(reading, slots, tables)
+                said = (text, *courtesies(text, intent.polite))
+                found.update(transcript(sentence(form)) for form in said)
+    return found
 
 
 def build(seed: int = 0, grammar: Path = GRAMMAR) -> Domain:
@@ -182,7 +222,7 @@ def build(seed: int = 0, grammar: Path = GRAMMAR) -> Domain:
     tables, intents = parse_grammar(grammar.read_text(encoding="utf-8"))
     kept: dict[str, Request] = {}
     vocabulary = common_words(intents)
-    drawn = [r for intent in intents for r in _expand(intent, tables, vocabulary, seed)]
+    drawn = [r for intent in intents for r in expand(intent, tables, vocabulary, seed)]
     for request in sorted(drawn, key=lambda r: r.split != "train"):
         kept.setdefault(request.transcript, request)
     domain = Domain(list(kept.values()))

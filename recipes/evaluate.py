@@ -218,7 +218,7 @@ def evaluate(
     if not any(row["split"] == "heldout" for row in rows):
         raise FileNotFoundError(f"no heldout recordings in {folder}: run `recipes corpus` first")
     sampling = sampling or Sampling(temperature=0.7, top_p=0.9, seed=seed)
-    nano, judge = Nano(checkpoint, sampling), Recognizer(threads)
+    nano, judge = Nano(checkpoint, sampling, threads), Recognizer(threads)
     world = domain.build(_corpus_seed(reports))
     keep = work / "evaluation" / "replies"
     keep.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 HELDOUT_SHARE = 0.2
 
@@ -40,6 +41,7 @@ PROPER = frozenset(
     "Stockholm Christmas Easter Anna Ben Carla David Emma Frank George Helen Jack Julia Kevin "
     "Laura Maria Oscar Peter Robert Sarah Susan Thomas Victor".split()
 )
+CAPITALS = {word.lower(): word for word in PROPER} | {"i": "I"}
 
 
 def number_words(number: int) -> str:
@@ -133,6 +135,23 @@ def parse_grammar(text: str) -> tuple[dict[str, Table], list[Intent]]:
     return tables, intents
 
 
+def parse_more(text: str) -> dict[str, tuple[str, ...]]:
+    """Read further phrasings by intent: after ``== intent``, lines ``> phrasing ; phrasing``.
+
+    Raises ValueError naming the line when it is not understood.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    name = ""
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.startswith("=="):
+            name = line[2:].strip()
+        elif line.startswith(">") and name:
+            found[name] = (*found.get(name, ()), *(p.strip() for p in line[1:].split(";")))
+        elif line.strip() and not line.startswith("#"):
+            raise ValueError(f"phrasings line {number}: {line!r} is neither == intent nor >")
+    return found
+
+
 def _parse_intent(words: list[str]) -> Intent:
     options = dict(word.partition("=")[::2] for word in words[1:])
     unknown = options.keys() - {"style", "polite", "train", "held"}
@@ -172,10 +191,10 @@ def fill(pattern: str, slots: Mapping[str, str], tables: Mapping[str, Table]) ->
     return re.sub(r"\b([Aa]) (?=[aeio]|umbrella)", r"\1n ", text)
 
 
+@cache
 def sentence(text: str) -> str:
     """Capital letters and a full stop where speech is written down."""
-    proper = {word.lower(): word for word in PROPER} | {"i": "I"}
-    words = [re.sub(r"^[a-z]+", lambda m: proper.get(m[0], m[0]), w) for w in text.split()]
+    words = [re.sub(r"^[a-z]+", lambda m: CAPITALS.get(m[0], m[0]), w) for w in text.split()]
     text = " ".join(words)
     text = re.sub(r"(^|[.!?] )([a-z])", lambda m: m[1] + m[2].upper(), text)
     # "may", the verb, is far commoner in requests than the month in mid-sentence

@@ -5,8 +5,8 @@ of them. The state is saved every two minutes; a run that was interrupted goes o
 with another mix. The log tells the losses by kind of token, and every five minutes what matters:
 how well held-out requests are transcribed and how many are answered rightly.
 
-The model first trains on stand-in units made from the aligned phones, which needs no ears yet
-(``--phones`` does only that), and then goes over to the real ones (see lm_phones.py).
+Besides the streams themselves, it learns from what is being said at each of their tokens (see
+lm_hints.py): without that, a good part of the time goes by until it finds out where to look.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,19 +27,17 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from recipes import domain
+from recipes import domain, lm_hints
 from recipes.lm_corpus import Corpus, Vocabulary, load_corpus, load_units
-from recipes.lm_data import DEFAULT_MIX, KINDS, WEIGHTS, Streams
+from recipes.lm_data import DEFAULT_MIX, KINDS, REPLY_UNITS, WEIGHTS, Streams
 from recipes.lm_measure import heldout_requests, measure
 from recipes.lm_model import TrainableLlama
-from recipes.lm_phones import phone_units, transfer
 from recipes.lm_words import more_requests
-from recipes.text_tokenizer import DEFAULT_OUT, read_jsonl
+from recipes.text_tokenizer import DEFAULT_OUT
 
 SAVE_SECONDS, MEASURE_SECONDS, LOG_SECONDS = 120.0, 300.0, 20.0
 FINALLY_MEASURED = 160  # held-out requests
 ROW_MULTIPLE = 64  # rows of the embedding; those past the last piece are padding
-START_MIX = {"phrase": 0.3, "collage": 0.1, "asr": 0.2, "dialog_text": 0.25, "dialog": 0.15}
 
 
 @dataclass(frozen=True)
@@ -59,6 +56,8 @@ class Settings:
     warmup: float = 0.02  # share of the time
     weight_decay: float = 0.05
     noise: float = 0.15
+    middle: int = 4  # layers before the heads for what is heard
+    late: int = 6  # and before the head for what is spoken (see lm_hints.py)
     seed: int = 0
     mix: dict[str, float] = field(default_factory=lambda: dict(DEFAULT_MIX))
 
@@ -93,8 +92,11 @@ class Trainer:
         torch.manual_seed(settings.seed)
         self.settings, self.streams = settings, streams
         self.model = TrainableLlama(settings.config(len(vocabulary)))
+        self.heads = lm_hints.Heads(settings.hidden, len(streams.phones))
+        self.text_pieces = vocabulary.text_tag  # the ids before it
         self.optimizers = self._optimizers()
         self.step, self.seconds, self.tokens = 0, 0.0, 0
+        self.told: dict[str, float] = {}  # losses of the heads, averaged over some steps
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         """Muon (Jordan, 2024) for the layers' matrices, AdamW for embedding and gains.
@@ -108,7 +110,7 @@ class Trainer:
         gains = [p for _, p in named if p.dim() < 2]
         groups = [
             {"params": embedding, "weight_decay": decay},
-            {"params": gains, "weight_decay": 0.0},
+            {"params": [*gains, *self.heads.parameters()], "weight_decay": 0.0},
         ]
         return [
             torch.optim.Muon(matrices, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
@@ -126,15 +128,11 @@ class Trainer:
         s = self.settings
         long = s.long_every > 0 and self.step % s.long_every == s.long_every - 1
         rows, length = (max(1, s.rows // 2), 2 * s.length) if long else (s.rows, s.length)
-        ids, kinds = (torch.from_numpy(a) for a in self.streams.batch(self.step, rows, length))
-        wanted = torch.tensor(WEIGHTS)[kinds[:, 1:]] > 0
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = self.model(ids[:, :-1], wanted)
-        losses = F.cross_entropy(logits.float(), ids[:, 1:][wanted], reduction="none")
-        kind = kinds[:, 1:][wanted]
-        weight = torch.tensor(WEIGHTS)[kind]
-        ((losses * weight).sum() / weight.sum()).backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        batch = self.streams.batch(self.step, rows, length)
+        loss, sums, counts = self._losses(*(torch.from_numpy(a) for a in batch))
+        loss.backward()
+        parameters = [*self.model.parameters(), *self.heads.parameters()]
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.rate(share)
@@ -143,13 +141,34 @@ class Trainer:
         self.step += 1
         self.tokens += rows * length
         self.seconds += time.monotonic() - started
-        sums = torch.zeros(len(KINDS)).index_add_(0, kind, losses.detach())
-        return sums, torch.bincount(kind, minlength=len(KINDS))
+        return sums, counts
+
+    def _losses(self, ids: Tensor, kinds: Tensor, hints: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What to make smaller, and for the log sum of losses and number of tokens by kind."""
+        kinds_before, kind = kinds[:, :-1], kinds[:, 1:]
+        wanted = torch.tensor(WEIGHTS)[kind] > 0
+        with torch.autocast("cpu", torch.bfloat16):
+            states = self.model.states(ids[:, :-1])
+            logits = self.model.logits(states[-1][wanted])
+            extra, parts = self.heads(
+                states[self.settings.middle - 1],
+                states[self.settings.late - 1],
+                self.model.model.embed_tokens.weight[: self.text_pieces],
+                hints[:, :-1],
+                kinds_before == REPLY_UNITS,
+            )
+        losses = F.cross_entropy(logits.float(), ids[:, 1:][wanted], reduction="none")
+        weight = torch.tensor(WEIGHTS)[kind[wanted]]
+        self.told = {k: 0.9 * self.told.get(k, v) + 0.1 * v for k, v in parts.items()}
+        sums = torch.zeros(len(KINDS)).index_add_(0, kind[wanted], losses.detach())
+        counts = torch.bincount(kind[wanted], minlength=len(KINDS))
+        return (losses * weight).sum() / weight.sum() + extra, sums, counts
 
     def save(self, path: Path) -> None:
         """Save the state; the file is either the old or the new one, never half."""
         state = {
             "model": self.model.state_dict(),
+            "heads": self.heads.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
             "seconds": self.seconds,
@@ -163,6 +182,7 @@ class Trainer:
         """Go on from a saved state."""
         state = torch.load(path, weights_only=True)
         self.model.load_state_dict(state["model"])
+        self.heads.load_state_dict(state["heads"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.step, self.seconds, self.tokens = state["step"], state["seconds"], state["tokens"]
@@ -207,6 +227,7 @@ class Log:
             "tokens": trainer.tokens,
             "per_second": round((trainer.tokens - self.tokens) / (now - self.since)),
             **{k: round(m, 3) for k, m in list(zip(KINDS, means, strict=True))[1:]},
+            **{k: round(v, 3) for k, v in trainer.told.items()},
         }
         self.record(row)
         self.sums.zero_()
@@ -257,13 +278,10 @@ def main(
     ),
     minutes: Annotated[
         float, typer.Option(help="Minutes of training, resumed ones included.")
-    ] = 55,
-    start_minutes: Annotated[
-        float, typer.Option(help="Minutes on stand-in units before, resumed ones included.")
-    ] = 20,
-    phones: Annotated[
-        bool, typer.Option(help="Only the start on stand-in units; real ones need not exist.")
-    ] = False,
+    ] = 100,
+    weights: Annotated[
+        Path | None, typer.Option(help="state.pt of an earlier run to begin with.")
+    ] = None,
     mix: Annotated[str, typer.Option(help="Shares of turns to change: dialog=0.4,asr=0.2")] = "",
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
     rate: Annotated[float, typer.Option(help="Highest learning rate.")] = Settings.rate,
@@ -274,26 +292,7 @@ def main(
     torch.set_num_threads(threads)
     settings = Settings(rate=rate, noise=noise, seed=seed, mix=parse_mix(mix))
     vocabulary = Vocabulary(out / "tokenizer.model")
-    stand_ins = stand_in_units(work)
-    start = work / "lm_phones"
-    if phones or not (work / "lm" / "state.pt").is_file():
-        early = settings if mix else replace(settings, mix=dict(START_MIX))
-        train(early, vocabulary, stand_ins, work, start, start_minutes, out)
-    if phones:
-        return
-    units = load_units(work)
-
-    def begin(trainer: Trainer) -> None:
-        """Take over the weights learnt on stand-ins, not the optimiser nor the clock."""
-        trainer.model.load_state_dict(torch.load(start / "state.pt", weights_only=True)["model"])
-        transfer(
-            trainer.model.get_parameter("model.embed_tokens.weight"),
-            vocabulary.phonetic,
-            {name: row["hu"] for name, row in stand_ins.items()},
-            {name: row["hu"] for name, row in units.items()},
-        )
-
-    trainer, corpus = train(settings, vocabulary, units, work, work / "lm", minutes, out, begin)
+    trainer, corpus = train(settings, vocabulary, work, minutes, out, weights)
     write_model(trainer.model, out, out)
     requests = heldout_requests(corpus, FINALLY_MEASURED)
     final = measure(out, vocabulary, requests, domain.build())
@@ -303,46 +302,41 @@ def main(
 def train(
     settings: Settings,
     vocabulary: Vocabulary,
-    units: Mapping[str, Mapping[str, Any]],
     work: Path,
-    folder: Path,
     minutes: float,
     tokenizer: Path,
-    begin: Callable[[Trainer], None] | None = None,
+    weights: Path | None = None,
 ) -> tuple[Trainer, Corpus]:
-    """Train on ``units`` for ``minutes``, with state and log in ``folder``.
+    """Train for ``minutes``, or what is left of them, with state and log in {work}/lm.
 
     Args:
-        begin: prepares a trainer that has no state to resume from.
+        tokenizer: folder of the files that a snapshot of the model needs beside its weights.
+        weights: state of another run to begin with; its optimiser and clock are not taken over.
 
     Returns:
         The trainer and the held-out part of the corpus.
     """
+    folder = work / "lm"
     folder.mkdir(parents=True, exist_ok=True)
-    corpora = load_corpus(work, vocabulary, units)
+    corpora = load_corpus(work, vocabulary, load_units(work))
+    requests = {text: list(r.replies) for text, r in more_requests().items()}
     streams = Streams(
         corpora["train"],
         vocabulary,
         settings.mix,
         settings.noise,
         settings.seed,
-        requests=more_requests(),
+        requests=requests,
     )
     trainer = Trainer(settings, vocabulary, streams)
     if (folder / "state.pt").is_file():
         trainer.resume(folder / "state.pt")
-    elif begin is not None:
-        begin(trainer)
+    elif weights is not None:
+        trainer.model.load_state_dict(torch.load(weights, weights_only=True)["model"])
     log = Log(folder / "log.jsonl", Console(), trainer.tokens)
     log.record({"pid": os.getpid(), "from_step": trainer.step, **asdict(settings)})
     run(trainer, minutes, folder, tokenizer, corpora["heldout"], log)
     return trainer, corpora["heldout"]
-
-
-def stand_in_units(work: Path) -> dict[str, dict[str, Any]]:
-    """Stand-in units of every recording whose phones are known."""
-    rows = read_jsonl(work / "corpus" / "manifest.jsonl")
-    return {row["id"]: phone_units(row) for row in rows if row["phones"]}
 
 
 def parse_mix(text: str) -> dict[str, float]:

@@ -23,19 +23,20 @@ import bisect
 from collections import defaultdict
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from recipes.lm_corpus import REPLY_VOICE, Corpus, Recording, Vocabulary
+from recipes.lm_hints import COLUMNS, UNKNOWN, Hinter, delayed
 from recipes.lm_voices import PhoneBank
-from recipes.lm_words import WordBank
+from recipes.lm_words import Span, WordBank
 from recipes.text_tokenizer import SEPARATOR
 from stages import SAMPLE_RATE
 
 KINDS = ("masked", "request_units", "transcript", "reply_text", "reply_units", "other")
 MASKED, REQUEST_UNITS, TRANSCRIPT, REPLY_TEXT, REPLY_UNITS, OTHER = range(len(KINDS))
-WEIGHTS = (0.0, 0.3, 2.0, 1.5, 1.0, 0.5)
+WEIGHTS = (0.0, 0.05, 2.0, 1.5, 1.0, 0.5)
 
 STYLES = 5  # in use: neutral, lively, monotone, whispered, fast
 WRONG_STYLE = 0.2  # of the disturbed recordings
@@ -43,19 +44,33 @@ WRONG_STYLE = 0.2  # of the disturbed recordings
 # Found by trial: with recorded requests alone the model learnt them by heart and heard them instead
 # of new ones (words wrong: 9 % of train, 51 % of held-out requests after 4 M tokens).
 DEFAULT_MIX = {
-    "composed": 0.26,
-    "collage": 0.16,
-    "chat": 0.16,
-    "dialog": 0.14,
+    "composed": 0.22,
+    "collage": 0.14,
+    "chat": 0.14,
+    "dialog": 0.18,
     "asr": 0.10,
-    "dialog_text": 0.06,
-    "tts": 0.05,
+    "dialog_text": 0.09,
+    "tts": 0.06,
     "typed": 0.03,
     "interleaved": 0.02,
     "phrase": 0.01,
     "speech": 0.01,
 }
-Part = tuple[np.ndarray, int]  # ids and their kind
+
+
+class Part(NamedTuple):
+    """A piece of a sequence: ids, the kind that they all are, and hints where there are any."""
+
+    ids: np.ndarray
+    kind: int
+    hints: np.ndarray | None = None
+
+
+class Speech(NamedTuple):
+    """Unit tokens of a stream and what is said at each (see lm_hints.py)."""
+
+    ids: np.ndarray
+    hints: np.ndarray
 
 
 class Streams:
@@ -94,6 +109,9 @@ class Streams:
         ]
         self._any = corpus.recordings
         self._bank = PhoneBank(self._any, vocabulary)
+        names = sorted({name for r in self._any for name, _, _ in r.phones})
+        self.phones = {name: i for i, name in enumerate(names)}
+        self._hinter = Hinter(vocabulary, self.phones)
         self._with_words = [r for r in self._any if r.words]
         self._words = WordBank(self._with_words, self._between)
         self._requests = dict(requests or {}) or self._recorded_requests()
@@ -107,25 +125,33 @@ class Streams:
         answers = self.corpus.answers
         return {r.transcript: [a for a, _ in answers[r.text]] for r in self.corpus.requests}
 
-    def batch(self, step: int, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and kinds, both ``[rows, length + 1]``; the same step gives the same batch."""
+    def batch(self, step: int, rows: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids and kinds, both ``[rows, length + 1]``, and hints ``[rows, length + 1, 4]``.
+
+        The same step gives the same batch.
+        """
         rng = np.random.default_rng([self.seed, step])
         drawn = [self.sequence(rng, length + 1) for _ in range(rows)]
-        return np.stack([ids for ids, _ in drawn]), np.stack([kinds for _, kinds in drawn])
+        ids, kinds, hints = (np.stack(arrays) for arrays in zip(*drawn, strict=True))
+        return ids, kinds, hints
 
-    def sequence(self, rng: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
+    def sequence(
+        self, rng: np.random.Generator, length: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """One sequence of exactly ``length`` tokens; the last turn is cut off."""
         v = self.vocabulary
-        parts: list[Part] = [(_ids(v.bos, v.boundary), MASKED)]
+        parts = [Part(_ids(v.bos, v.boundary), MASKED)]
         size = 2
         while size < length:
             turn = getattr(self, f"_{self._names[rng.choice(len(self._names), p=self._shares)]}")
             for part in turn(rng):
                 parts.append(part)
-                size += len(part[0])
-        ids = np.concatenate([ids for ids, _ in parts])[:length]
-        kinds = np.concatenate([np.full(len(ids), kind) for ids, kind in parts])[:length]
-        return ids, kinds
+                size += len(part.ids)
+        ids = np.concatenate([part.ids for part in parts])[:length]
+        kinds = np.concatenate([np.full(len(part.ids), part.kind) for part in parts])[:length]
+        nothing = [np.full((len(part.ids), COLUMNS), UNKNOWN) for part in parts]
+        hints = [n if p.hints is None else p.hints for p, n in zip(parts, nothing, strict=True)]
+        return ids, kinds, np.concatenate(hints)[:length]
 
     # ------------------------------------------------------------------------ kinds of turn
 
@@ -139,34 +165,32 @@ class Streams:
 
     def _typed(self, rng: np.random.Generator) -> list[Part]:
         request, v = _pick(rng, self.corpus.requests), self.vocabulary
-        (heard, _), *answer = self._answer(rng, request, spoken=True)
-        return [(_ids(v.text_tag), MASKED), (heard, OTHER), *answer]
+        heard, *answer = self._answer(rng, request, spoken=True)
+        return [Part(_ids(v.text_tag), MASKED), Part(heard.ids, OTHER), *answer]
 
     def _composed(self, rng: np.random.Generator) -> list[Part]:
         transcript = _pick(rng, self._speakable)
-        ids = self._words.speak(rng, transcript, lambda r: self._said_by_anybody(rng, r)[0])
-        if self.noise > 0 and rng.random() < 0.5:
-            ids = self._disturb(rng, ids)
-        v, reply = self.vocabulary, _pick(rng, self._requests[transcript])
-        heard = [(_ids(v.speech_tag), MASKED), (ids, MASKED), (_ids(v.text_tag), TRANSCRIPT)]
-        return [*heard, *self._text_turn(transcript, reply), self._masked_end]
+        spans = self._words.speak(rng, transcript, lambda r: self._said_by_anybody(rng, r)[0])
+        reply = _pick(rng, self._requests[transcript])
+        answer = self._text_turn(transcript, reply)
+        return [*self._listened(rng, self._joined(spans)), *answer, self._masked_end]
 
     def _chat(self, rng: np.random.Generator) -> list[Part]:
         transcript = _pick(rng, self._all_transcripts)
         reply = _pick(rng, self._requests[transcript])
-        (heard, _), answer = self._text_turn(transcript, reply)
+        heard, answer = self._text_turn(transcript, reply)
         tag = _ids(self.vocabulary.text_tag)
-        return [(tag, MASKED), (heard, MASKED), answer, self._masked_end]
+        return [Part(tag, MASKED), Part(heard.ids, MASKED), answer, self._masked_end]
 
     def _text_turn(self, transcript: str, reply: str) -> list[Part]:
         both = self.vocabulary.text(transcript + SEPARATOR + reply)
         heard = len(self.vocabulary.text(transcript + SEPARATOR.rstrip()))
-        return [(both[:heard], TRANSCRIPT), (both[heard:], REPLY_TEXT)]
+        return [Part(both[:heard], TRANSCRIPT), Part(both[heard:], REPLY_TEXT)]
 
     def _asr(self, rng: np.random.Generator) -> list[Part]:
         recording = _pick(rng, self._any)
-        ending = (self._separator, TRANSCRIPT)
-        return [*self._heard(rng, recording), self._written(recording), ending, self._masked_end]
+        written = self.vocabulary.text(recording.transcript)
+        return [*self._heard(rng, recording), *self._written(written), self._masked_end]
 
     def _phrase(self, rng: np.random.Generator) -> list[Part]:
         return self._phrases(rng, 1, longest=4)
@@ -178,7 +202,7 @@ class Streams:
         """Speech of ``count`` phrases out of recordings of one voice, and their transcript."""
         v = self.vocabulary
         recordings = self._by_voice[_pick(rng, list(self._by_voice))]
-        heard: list[np.ndarray] = []
+        spans: list[Span] = []
         text: list[str] = []
         for _ in range(count):
             recording, _ = self._said_by_anybody(rng, _pick(rng, recordings))
@@ -186,30 +210,20 @@ class Streams:
             size = min(len(words), int(rng.integers(1, longest + 1)))
             a = int(rng.integers(len(words) - size + 1))
             first, last = self._between(recording, a, a + size)
-            if not heard and first > 0:  # speech always begins with its style
-                heard.append(recording.ids[:1])
-            heard.append(recording.ids[first:last])
+            spans.append((recording, first, last))
             text += [w for w, _, _ in words[a : a + size]]
-        ids = np.concatenate(heard)
-        if self.noise > 0 and rng.random() < 0.5:
-            ids = self._disturb(rng, ids)
-        return [
-            (_ids(v.speech_tag), MASKED),
-            (ids, MASKED),
-            (_ids(v.text_tag), MASKED),
-            (v.text(" ".join(text).lower()), TRANSCRIPT),
-            (self._separator, TRANSCRIPT),
-            self._masked_end,
-        ]
+        written = v.text(" ".join(text).lower())
+        heard = self._listened(rng, self._joined(spans))
+        return [*heard, *self._written(written), self._masked_end]
 
     def _tts(self, rng: np.random.Generator) -> list[Part]:
         recording, v = _pick(rng, self._spoken), self.vocabulary
         text = v.text(recording.text)
-        return [(_ids(v.text_tag), MASKED), (text, OTHER), *self._speak(recording)]
+        return [Part(_ids(v.text_tag), MASKED), Part(text, OTHER), *self._speak(recording)]
 
     def _speech(self, rng: np.random.Generator) -> list[Part]:
         tag, *rest = self._speak(_pick(rng, self._spoken))
-        return [(tag[0], MASKED), *rest]
+        return [Part(tag.ids, MASKED), *rest]
 
     def _interleaved(self, rng: np.random.Generator) -> list[Part]:
         recording, v = _pick(rng, self._with_words), self.vocabulary
@@ -220,12 +234,12 @@ class Streams:
         for a, b in pairwise(cuts):
             if speaking:
                 first, last = self._between(recording, a, b)
-                parts += [(_ids(v.speech_tag), OTHER), (recording.ids[first:last], OTHER)]
+                parts += [Part(_ids(v.speech_tag), OTHER), Part(recording.ids[first:last], OTHER)]
             else:
                 text = " ".join(w for w, _, _ in words[a:b]).lower()
-                parts += [(_ids(v.text_tag), OTHER), (v.text(text), OTHER)]
+                parts += [Part(_ids(v.text_tag), OTHER), Part(v.text(text), OTHER)]
             speaking = not speaking
-        return [(parts[0][0], MASKED), *parts[1:], self._masked_end]
+        return [Part(parts[0].ids, MASKED), *parts[1:], self._masked_end]
 
     # -------------------------------------------------------------------------------- pieces
 
@@ -236,15 +250,32 @@ class Streams:
     @property
     def _masked_end(self) -> Part:
         """An end that is never to be predicted: only there because the stream goes on."""
-        return _ids(self.vocabulary.eos), MASKED
+        return Part(_ids(self.vocabulary.eos), MASKED)
 
     def _heard(self, rng: np.random.Generator, recording: Recording) -> list[Part]:
         """The user's speech, and the tag after it."""
         recording, kind = self._said_by_anybody(rng, recording)
-        v, ids = self.vocabulary, recording.ids
+        return self._listened(rng, Speech(recording.ids, self._hinter(recording)), kind)
+
+    def _listened(self, rng: np.random.Generator, speech: Speech, kind: int = MASKED) -> list[Part]:
+        """The same for units from anywhere; half of them are disturbed."""
+        v = self.vocabulary
         if self.noise > 0 and rng.random() < 0.5:
-            ids, kind = self._disturb(rng, ids), MASKED
-        return [(_ids(v.speech_tag), MASKED), (ids, kind), (_ids(v.text_tag), TRANSCRIPT)]
+            speech, kind = self._disturb(rng, speech), MASKED
+        return [
+            Part(_ids(v.speech_tag), MASKED),
+            Part(speech.ids, kind, delayed(speech.hints)),
+            Part(_ids(v.text_tag), OTHER),
+        ]
+
+    def _joined(self, spans: list[Span]) -> Speech:
+        """Runs of tokens out of recordings as one stream."""
+        recording, first, _ = spans[0]
+        if first > 0:  # speech always begins with its style
+            spans = [(recording, 0, 1), *spans]
+        ids = [recording.ids[a:b] for recording, a, b in spans]
+        hints = [self._hinter(recording)[a:b] for recording, a, b in spans]
+        return Speech(np.concatenate(ids), np.concatenate(hints))
 
     def _said_by_anybody(
         self, rng: np.random.Generator, recording: Recording
@@ -254,8 +285,9 @@ class Streams:
             return self._bank.revoice(rng, recording), MASKED
         return recording, REQUEST_UNITS
 
-    def _disturb(self, rng: np.random.Generator, ids: np.ndarray) -> np.ndarray:
+    def _disturb(self, rng: np.random.Generator, speech: Speech) -> Speech:
         """Replace and drop phonetic units at a rate drawn for this recording; mistake its style."""
+        ids, hints = speech
         rate = rng.uniform(0, self.noise)
         phonetic = np.isin(ids, self.vocabulary.phonetic)
         chance = rng.random(len(ids))
@@ -266,10 +298,11 @@ class Streams:
         if rng.random() < WRONG_STYLE:
             styles = np.isin(ids, self.vocabulary.style)
             ids = np.where(styles, self.vocabulary.style[rng.integers(STYLES)], ids)
-        return ids[~(phonetic & (chance > 1 - rate / 3))]
+        kept = ~(phonetic & (chance > 1 - rate / 3))
+        return Speech(ids[kept], hints[kept])
 
-    def _written(self, recording: Recording) -> Part:
-        return self.vocabulary.text(recording.transcript), TRANSCRIPT
+    def _written(self, text: np.ndarray) -> list[Part]:
+        return [Part(text, TRANSCRIPT), Part(self._separator, TRANSCRIPT)]
 
     def _answer(self, rng: np.random.Generator, request: Recording, spoken: bool) -> list[Part]:
         """Transcript, separator, reply, and the reply spoken in its style."""
@@ -280,14 +313,14 @@ class Streams:
         if not spoken or not fitting:
             return [*parts, self._masked_end]
         tag, *speech = self._speak(_pick(rng, fitting))
-        return [*parts, (tag[0], REPLY_TEXT), *speech]
+        return [*parts, Part(tag.ids, REPLY_TEXT), *speech]
 
     def _speak(self, recording: Recording) -> list[Part]:
         v = self.vocabulary
         return [
-            (_ids(v.speech_tag), OTHER),
-            (recording.ids, REPLY_UNITS),
-            (_ids(v.eos), REPLY_UNITS),
+            Part(_ids(v.speech_tag), OTHER),
+            Part(recording.ids, REPLY_UNITS, delayed(self._hinter(recording))),
+            Part(_ids(v.eos), REPLY_UNITS),
         ]
 
     @staticmethod

@@ -44,10 +44,16 @@ class TrainableLlama(nn.Module):
     def forward(self, ids: Tensor, wanted: Tensor | None = None) -> Tensor:
         """Logits of ids ``[B, T]``: ``[B, T, V]``, or ``[N, V]`` of the ``N`` positions where the
         bool mask ``wanted`` ``[B, T]`` is true; the others are not computed."""
+        x = self.states(ids)[-1]
+        return self.logits(x if wanted is None else x[wanted])
+
+    def states(self, ids: Tensor) -> list[Tensor]:
+        """Hidden states ``[B, T, hidden]`` after every layer, not normalised."""
         batch, length = ids.shape
         x = self.model.embed_tokens(ids)
         heads = self.config["num_attention_heads"]
         cos, sin = self._rotary(length, x.shape[-1] // heads)
+        states: list[Tensor] = []
         for layer in self.model.layers:
             assert isinstance(layer, _Layer)
             h = self._norm(x, layer.input_layernorm)
@@ -56,7 +62,11 @@ class TrainableLlama(nn.Module):
             h = self._norm(x, layer.post_attention_layernorm)
             gate, up = F.linear(h, layer.mlp.gate_up()).chunk(2, -1)
             x = x + layer.mlp.down_proj(F.silu(gate) * up)
-        x = x if wanted is None else x[wanted]
+            states.append(x)
+        return states
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits of the last layer's hidden states, ``[..., hidden]`` to ``[..., V]``."""
         return F.linear(self._norm(x, self.model.norm), self.model.embed_tokens.weight)
 
     def _norm(self, x: Tensor, norm: _Norm) -> Tensor:

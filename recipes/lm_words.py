@@ -12,6 +12,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -21,31 +22,37 @@ from recipes.lm_corpus import Recording
 
 Between = Callable[[Recording, int, int], tuple[int, int]]
 Occurrence = tuple[Recording, int]  # and the number of the word
+Span = tuple[Recording, int, int]  # and its first and last but one token
 
 READINGS = 60.0  # requests drawn for each filling of an intent's slots
 MOST_OF_ONE_INTENT = 300
 
 
-def more_requests(seed: int = 0, grammar: Path = domain.GRAMMAR) -> dict[str, list[str]]:
-    """Transcripts of requests of the training phrasings, and their right replies.
+@cache
+def more_requests(
+    seed: int = 0, grammar: Path = domain.GRAMMAR, more: Path | None = domain.MORE
+) -> dict[str, domain.Request]:
+    """Requests of the training phrasings and of those in ``more``, by transcript.
 
     The same seed splits the phrasings as the corpus does; nothing of its held-out part is here.
     """
     tables, intents = domain.parse_grammar(grammar.read_text(encoding="utf-8"))
     vocabulary = domain.common_words(intents)
+    further = domain.parse_more(more.read_text(encoding="utf-8")) if more else {}
     heldout = {r.transcript for r in domain.build(seed, grammar).requests if r.split == "heldout"}
-    found: dict[str, list[str]] = {}
+    heldout |= domain.heldout_transcripts(intents, tables, seed)
+    found: dict[str, domain.Request] = {}
     for intent in intents:
         wanted = replace(intent, train=max(intent.train, READINGS), held=0)
-        drawn = [
-            request
-            for request in domain._expand(wanted, tables, vocabulary, seed)
-            if request.split == "train" and request.transcript not in heldout
-        ]
-        random.Random(f"{seed} {intent.name}").shuffle(drawn)
-        # Intents with many slot fillings must not drown the others.
-        for request in drawn[:MOST_OF_ONE_INTENT]:
-            found.setdefault(request.transcript, list(request.replies))
+        for drawn in (
+            domain.expand(wanted, tables, vocabulary, seed),
+            domain.expand_more(wanted, further.get(intent.name, ()), tables, seed),
+        ):
+            kept = [r for r in drawn if r.split == "train" and r.transcript not in heldout]
+            random.Random(f"{seed} {intent.name}").shuffle(kept)
+            # Intents with many slot fillings must not drown the others.
+            for request in kept[:MOST_OF_ONE_INTENT]:
+                found.setdefault(request.transcript, request)
     return found
 
 
@@ -67,15 +74,15 @@ class WordBank:
 
     def speak(
         self, rng: np.random.Generator, transcript: str, change: Callable[[Recording], Recording]
-    ) -> np.ndarray:
-        """Token ids of ``transcript`` in one voice, as far as that voice has the words.
+    ) -> list[Span]:
+        """``transcript`` in one voice, as far as that voice has the words.
 
         Neighbours in one recording stay together, with their natural joint; ``change`` is applied
         to the recordings that words are taken from.
         """
         words = transcript.split()
         voice = self.voices[rng.integers(len(self.voices))]
-        parts: list[np.ndarray] = []
+        spans: list[Span] = []
         i = 0
         while i < len(words):
             voices = self._words[words[i]]
@@ -87,8 +94,6 @@ class WordBank:
                 size += 1
             changed = change(recording)
             first, last = self._between(changed, at, at + size)
-            if not parts and first > 0:  # speech always begins with its style
-                parts.append(changed.ids[:1])
-            parts.append(changed.ids[first:last])
+            spans.append((changed, first, last))
             i += size
-        return np.concatenate(parts)
+        return spans

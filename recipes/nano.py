@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from agent.graphs import graphs
 from stages.checkpoint import find_layout
 from stages.encoder import SpeechTokenizer
 from stages.lm import LanguageModel, Sampling
@@ -34,14 +35,15 @@ class Turn:
 
 
 class Nano:
-    """The shipped model, through the same stages that the agent runs."""
+    """The shipped model, through the same stages and graphs that the agent runs."""
 
-    def __init__(self, checkpoint: Path, sampling: Sampling) -> None:
+    def __init__(self, checkpoint: Path, sampling: Sampling, threads: int = 1) -> None:
         layout = find_layout(checkpoint)
-        self.ears = SpeechTokenizer.load(layout)
+        made = graphs(layout, device="cpu", threads=threads)
+        self.ears = SpeechTokenizer.load(layout, graphs=made)
         self.text = Tokenizer.load(layout)
         self.lm = LanguageModel.load(layout)
-        self.voice = Vocoder.load(layout)
+        self.voice = Vocoder.load(layout, "cpu", made["vocoder"], made["durations"])
         self.sampling = sampling
         self._text = self.text.mask(Modality.TEXT, also=[self.text.speech_tag])
         self._speech = self.text.mask(Modality.SPEECH)

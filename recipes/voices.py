@@ -19,7 +19,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from recipes.align import Segment, align, flite_segments, shift
+from recipes.align import PUNCTUATION, Segment, align, flite_segments, match_words, shift
 
 SAMPLE_RATE = 16_000
 HIBARI_FRAME = 0.025  # seconds; its spectral frames are half as long
@@ -193,7 +193,19 @@ def _flite(text: str, voice: str, speed: float) -> Speech:
         )
         wave, rate = soundfile.read(out.name, dtype="float32")
     phones = flite_segments(done.stdout)
-    return Speech(np.asarray(soxr.resample(wave, rate, SAMPLE_RATE), np.float32), phones, None)
+    words = flite_words(text, phones)
+    return Speech(np.asarray(soxr.resample(wave, rate, SAMPLE_RATE), np.float32), phones, words)
+
+
+def flite_words(text: str, phones: list[Segment]) -> list[Segment] | None:
+    """Words of flite's ``phones`` by hibari's pronunciation; None where the two disagree."""
+    model = _hibari_model()
+    sentences = model.split_sentences(text)
+    spoken = [word.strip(',.!?;:"') for sentence in sentences for word in sentence.split()]
+    phonemes = " ".join(model.g2p(sentence) for sentence in sentences)
+    kept = "".join(" " if c in PUNCTUATION else c for c in phonemes if c in model.vocab)
+    groups = kept.split()
+    return match_words(phones, spoken, groups) if len(groups) == len(spoken) else None
 
 
 @cache

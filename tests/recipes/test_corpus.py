@@ -13,7 +13,7 @@ import pytest
 import soundfile
 
 from recipes import corpus, voices
-from recipes.align import CMU, align, flite_segments, shift
+from recipes.align import CMU, align, flite_segments, match_words, shift
 from recipes.voices import FAST, LIVELY, MONOTONE, NEUTRAL, WHISPERED
 
 HIBARI = pytest.mark.skipif(
@@ -74,6 +74,15 @@ def test_shifting_clips_at_the_end() -> None:
     assert shift(None, 1.0) is None
 
 
+def test_words_are_found_in_another_pronunciation() -> None:
+    said = ["sil", "h", "ɛ", "l", "O", "sil", "j", "u"]
+    phones = [(name, i / 10, (i + 1) / 10) for i, name in enumerate(said)]
+    assert match_words(phones, ["Hello", "you"], ["həlˈO", "jə"]) == [
+        ("Hello", 0.1, 0.5), ("you", 0.6, 0.8),
+    ]  # fmt: skip
+    assert match_words(phones[:6], ["Hello", "you"], ["həlˈO", "jə"]) is None
+
+
 # ------------------------------------------------------------------------------------ plan
 
 
@@ -87,7 +96,19 @@ def test_the_plan_is_reproducible_and_complete() -> None:
     world = corpus.domain.build(0)
     assert replies == set(world.replies)
     assert all(j.voice == "heart" for j in plan if j.role == "reply")
-    assert {j.text for j in plan if j.role == "request"} == {r.text for r in world.requests}
+    asked = {j.text for j in corpus.plan_first(0) if j.role == "request"}
+    assert asked == {r.text for r in world.requests}
+
+
+def test_the_second_part_is_new_training_speech_and_nothing_that_is_held_out() -> None:
+    more = corpus.plan_more(0)
+    assert {j.split for j in more} == {"train"} and {j.role for j in more} == {"request", "book"}
+    world = corpus.domain.build(0)
+    heldout = {r.transcript for r in world.requests if r.split == "heldout"}
+    said = {corpus.domain.transcript(j.text) for j in more}
+    assert not said & heldout
+    requests = {corpus.domain.transcript(j.text) for j in more if j.role == "request"}
+    assert not requests & {r.transcript for r in world.requests}
 
 
 def test_unseen_voices_are_heldout_only() -> None:
@@ -151,11 +172,17 @@ def test_styles_do_what_their_names_say() -> None:
 
 
 @FLITE
+@HIBARI
 @pytest.mark.parametrize("voice", ["slt", "kal16"])
-def test_a_flite_recording_has_phones_of_the_same_alphabet(voice: str, tmp_path: Path) -> None:
+def test_a_flite_recording_has_words_and_phones(
+    voice: str, tmp_path: Path
+) -> None:
     row = corpus.record(job("Please turn left.", voice), tmp_path)
     check_row(row, tmp_path)
-    assert row["words"] is None
+    words = row["words"]
+    assert [w for w, *_ in words] == ["Please", "turn", "left"]
+    starts = [start for phone, start, _ in row["phones"] if phone in ("p", "t", "l")]
+    assert {words[0][1], words[1][1], words[2][1]} <= set(starts)
     assert {name for name, *_ in row["phones"]} <= set(CMU.values())
 
 
@@ -177,7 +204,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
     rows = corpus.read_manifest(tmp_path)
     assert [row["id"] for row in rows] == ["one", "two"]
     report = corpus.summary(rows)
-    assert report["recordings"] == 2 and report["with_words"] == 1 and report["with_phones"] == 2
+    assert report["recordings"] == 2 and report["with_words"] == 2 and report["with_phones"] == 2
 
 
 def test_levels_of_any_recording() -> None:

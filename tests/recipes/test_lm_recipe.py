@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,9 @@ import torch.nn.functional as F
 import typer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from recipes import domain, lm, lm_corpus, lm_data, lm_words, text_tokenizer
+from recipes import domain, lm, lm_corpus, lm_data, lm_hints, lm_words, text_tokenizer
 from recipes.lm_data import DEFAULT_MIX, KINDS, MASKED, REPLY_TEXT, REPLY_UNITS, TRANSCRIPT
 from recipes.lm_model import BlockAttention, TrainableLlama
-from recipes.lm_phones import phone_units, transfer
 from recipes.lm_voices import PhoneBank
 from stages.checkpoint import Layout
 from stages.lm import LanguageModel, Sampling
@@ -70,6 +70,24 @@ def manifest_rows() -> list[dict[str, Any]]:
     return rows
 
 
+def units_of(row: dict[str, Any]) -> dict[str, Any]:
+    """Units as ears would give them: three for each phone, in its time; a wandering pitch."""
+    rng = np.random.default_rng(zlib.crc32(row["id"].encode()))
+    frames = row["samples"] // 640
+    units = np.full(frames, 0)
+    for phone, start, end in row["phones"]:
+        at = np.arange(round(start * 25), min(round(end * 25), frames))
+        units[at] = zlib.crc32(phone.encode()) % 60 * 3 + 3 * (at - at[0]) // len(at)
+    units = np.where(rng.random(frames) < 0.1, rng.integers(0, 180, frames), units)
+    pitch = 32 + np.cumsum(rng.integers(-2, 3, frames // 2))
+    return {
+        "id": row["id"],
+        "hu": units.tolist(),
+        "pi": np.clip(pitch, 0, 63).tolist(),
+        "st": [row["style"]] * -(-frames // 25),
+    }
+
+
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("work")
@@ -82,7 +100,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     dialogs.append({**dialogs[-1], "request_text": HELDOUT, "split": "heldout"})
     (path / "units").mkdir()
     (path / "corpus").mkdir()
-    units = [phone_units(row) for row in rows]
+    units = [units_of(row) for row in rows]
     for name, content in {
         "corpus/manifest": rows,
         "corpus/dialogs": dialogs,
@@ -153,10 +171,10 @@ def test_the_separator_is_one_piece(vocabulary: lm_corpus.Vocabulary) -> None:
 
 
 def test_a_step_always_gives_the_same_batch(streams: lm_data.Streams) -> None:
-    ids, kinds = streams.batch(7, rows=3, length=200)
-    assert ids.shape == kinds.shape == (3, 201)
-    again, _ = streams.batch(7, rows=3, length=200)
-    other, _ = streams.batch(8, rows=3, length=200)
+    ids, kinds, hints = streams.batch(7, rows=3, length=200)
+    assert ids.shape == kinds.shape == (3, 201) and hints.shape == (3, 201, 4)
+    again, _, _ = streams.batch(7, rows=3, length=200)
+    other, _, _ = streams.batch(8, rows=3, length=200)
     assert np.array_equal(ids, again) and not np.array_equal(ids, other)
 
 
@@ -175,7 +193,7 @@ def test_every_sequence_is_what_the_tokenizer_makes_of_its_string(
 def turn(streams: lm_data.Streams, kind: str, seed: int) -> list[tuple[str, int]]:
     parts = getattr(streams, f"_{kind}")(np.random.default_rng(seed))
     decode = streams.vocabulary.processor.DecodeIds
-    return [(decode(ids.tolist()), kind) for ids, kind in parts]
+    return [(decode(part.ids.tolist()), part.kind) for part in parts]
 
 
 def text_of(parts: list[tuple[str, int]], kind: int) -> str:
@@ -193,7 +211,7 @@ def test_a_dialog_has_a_right_reply_in_the_reply_voice_and_style(
     assert written.startswith("[Speech][St0]") and written.count("[Text]") == 1
     answer = text_of(parts, REPLY_TEXT).removesuffix("[Speech]").strip()
     assert answer in REQUESTS[request.text]
-    assert text_of(parts, TRANSCRIPT) == f"[Text]{request.transcript} |"
+    assert text_of(parts, TRANSCRIPT) == f"{request.transcript} |"
     spoken = text_of(parts, REPLY_UNITS)
     wanted = {
         streams.vocabulary.processor.DecodeIds(r.ids.tolist())
@@ -204,8 +222,8 @@ def test_a_dialog_has_a_right_reply_in_the_reply_voice_and_style(
 
 
 def test_no_end_is_learnt_after_a_reply_that_is_not_spoken(streams: lm_data.Streams) -> None:
-    ids, kind = streams._dialog_text(np.random.default_rng(0))[-1]
-    assert ids.tolist() == [2] and kind == MASKED
+    end = streams._dialog_text(np.random.default_rng(0))[-1]
+    assert end.ids.tolist() == [2] and end.kind == MASKED
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -227,15 +245,15 @@ def test_a_collage_is_speech_of_one_voice_with_its_words(
 ) -> None:
     parts = streams._collage(np.random.default_rng(seed))
     decode = streams.vocabulary.processor.DecodeIds
-    words = decode(parts[3][0].tolist()).split()
-    spoken = decode(parts[1][0].tolist())
+    words = decode(parts[3].ids.tolist()).split()
+    spoken = decode(parts[1].ids.tolist())
     one_voice = [
         {w.lower() for r in recordings for w, _, _ in r.words or []}
         for recordings in streams._by_voice.values()
     ]
     assert any(set(words) <= known for known in one_voice)
     assert spoken.startswith("[St") and spoken.count("[Hu") >= len(words)
-    assert decode(parts[4][0].tolist()).strip() == "|"
+    assert decode(parts[4].ids.tolist()).strip() == "|"
 
 
 GRAMMAR = """
@@ -257,27 +275,33 @@ def test_more_requests_are_of_training_phrasings_only(tmp_path: Path) -> None:
     grammar = tmp_path / "grammar.txt"
     grammar.write_text(GRAMMAR)
     drawn = domain.build(0, grammar).requests
-    more = lm_words.more_requests(0, grammar)
+    further = tmp_path / "more.txt"
+    further.write_text(
+        "== find\n> where did I put the {thing}? ; get me the {thing}\n> the {thing}"
+    )
+    more = lm_words.more_requests(0, grammar, further)
     heldout = {r.transcript for r in drawn if r.split == "heldout"}
     assert {r.transcript for r in drawn if r.split == "train"} <= more.keys()
     assert heldout and not heldout & more.keys() and len(more) > len(drawn)
-    assert more["find the ball"] == ["Here is the ball."]
+    assert more["find the ball"].replies == ("Here is the ball.",)
+    assert {"the cup", "where did i put the ball"} <= more.keys()
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_composed_speech_has_a_run_for_every_word(streams: lm_data.Streams, seed: int) -> None:
     bank = streams._words
     assert bank.knows("what fox please") and not bank.knows("what elephant")
-    ids = bank.speak(np.random.default_rng(seed), "what time fox please", lambda r: r)
+    spans = bank.speak(np.random.default_rng(seed), "what time fox please", lambda r: r)
+    ids = streams._joined(spans).ids
     units = streams.vocabulary.processor.DecodeIds(ids.tolist())
     assert units.startswith("[St") and units.count("[Hu") >= 4
 
 
 def test_a_whole_recorded_sentence_is_taken_as_it_is(streams: lm_data.Streams) -> None:
     request = next(r for r in streams.corpus.requests if r.text == "Please go left.")
-    ids = streams._words.speak(np.random.default_rng(0), request.transcript, lambda r: r)
+    spans = streams._words.speak(np.random.default_rng(0), request.transcript, lambda r: r)
     same = {tuple(r.ids) for r in streams.corpus.requests if r.text == request.text}
-    assert tuple(ids) in same
+    assert tuple(streams._joined(spans).ids) in same
 
 
 def test_exchanged_phones_are_units_of_the_same_phones(
@@ -303,16 +327,54 @@ def test_noise_changes_phonetic_units_and_the_style_as_a_whole(
     corpora: dict[str, lm_corpus.Corpus], vocabulary: lm_corpus.Vocabulary
 ) -> None:
     streams = lm_data.Streams(corpora["train"], vocabulary, noise=0.9)
-    ids = corpora["train"].requests[0].ids
+    speech = streams._joined([(corpora["train"].requests[0], 0, 999)])
+    ids = speech.ids
 
     def pitch(x: np.ndarray) -> list[int]:
         both = np.concatenate((vocabulary.phonetic, vocabulary.style))
         return x[~np.isin(x, both)].tolist()
 
+    changed = 0
     for seed in range(20):
-        noisy = streams._disturb(np.random.default_rng(seed), ids)
-        assert pitch(noisy) == pitch(ids) and noisy.tolist() != ids.tolist()
+        noisy, hints = streams._disturb(np.random.default_rng(seed), speech)
+        assert len(noisy) == len(hints) <= len(ids)
+        assert pitch(noisy) == pitch(ids)
+        changed += noisy.tolist() != ids.tolist()
         assert len(set(noisy[np.isin(noisy, vocabulary.style)].tolist())) == 1
+    assert changed > 15
+
+
+def test_hints_tell_every_word_at_its_end_and_every_phone(
+    streams: lm_data.Streams, vocabulary: lm_corpus.Vocabulary
+) -> None:
+    for recording in streams._with_words:
+        hints = streams._hinter(recording)
+        first = hints[:, lm_hints.FIRST]
+        told = [vocabulary.processor.IdToPiece(int(i)) for i in first[first > lm_hints.NOTHING]]
+        words = [domain.transcript(w) for w, _, _ in recording.words or []]
+        assert len(told) == len(words)
+        assert all(f"▁{word}".startswith(piece) for word, piece in zip(words, told, strict=True))
+        phonetic = np.isin(recording.ids, vocabulary.phonetic)
+        assert np.array_equal(hints[:, lm_hints.PHONE] > lm_hints.UNKNOWN, phonetic)
+        assert np.array_equal(first > lm_hints.UNKNOWN, phonetic)
+
+
+def test_hints_are_asked_for_later_and_the_last_word_at_the_end(streams: lm_data.Streams) -> None:
+    hints = streams._hinter(streams._with_words[0])
+    asked, later = lm_hints.delayed(hints), lm_hints.LATER[lm_hints.FIRST]
+    for column in (lm_hints.FIRST, lm_hints.SECOND):
+        ends = np.flatnonzero(hints[:, column] > lm_hints.NOTHING)
+        moved = np.flatnonzero(asked[:, column] > lm_hints.NOTHING)
+        assert moved.tolist() == np.minimum(ends + later, len(hints) - 1).tolist()
+    assert np.array_equal(asked[:-1, lm_hints.NOW], hints[1:, lm_hints.NOW])
+
+
+def test_a_word_cut_out_of_a_recording_keeps_its_end(streams: lm_data.Streams) -> None:
+    for seed in range(10):
+        parts = streams._collage(np.random.default_rng(seed))
+        words = streams.vocabulary.processor.DecodeIds(parts[3].ids.tolist()).split()
+        hints = parts[1].hints
+        assert hints is not None and (hints[:, lm_hints.FIRST] > 0).sum() == len(words)
 
 
 def test_heldout_requests_are_never_trained(
@@ -355,7 +417,16 @@ def test_block_attention_equals_torch() -> None:
 
 
 SMALL = lm.Settings(
-    hidden=32, layers=2, heads=2, intermediate=48, length=64, rows=2, long_every=2, noise=0.1
+    hidden=32,
+    layers=2,
+    heads=2,
+    intermediate=48,
+    length=64,
+    rows=2,
+    long_every=2,
+    noise=0.1,
+    middle=1,
+    late=2,
 )
 
 
@@ -411,17 +482,6 @@ def test_the_rate_warms_up_and_ends_at_zero(trainer: lm.Trainer) -> None:
     rates = [trainer.rate(s) for s in (0.0, 0.01, 0.02, 0.5, 1.0)]
     assert rates[0] < rates[1] < rates[2] > rates[3] > rates[4]
     assert max(rates) <= SMALL.rate and rates[4] == pytest.approx(0.0)
-
-
-def test_embeddings_follow_the_units_they_coincide_with() -> None:
-    embedding = torch.randn(6, 8)
-    before = embedding.clone()
-    phonetic = np.array([2, 3, 4, 5])
-    transfer(embedding, phonetic, {"a": [0, 0, 1, 1]}, {"a": [3, 3, 2, 2], "b": [1]})
-    direction = F.cosine_similarity(embedding[phonetic[[3, 2]]], before[phonetic[[0, 1]]])
-    torch.testing.assert_close(direction, torch.ones(2))
-    assert torch.equal(embedding[:2], before[:2])
-    assert torch.equal(embedding[phonetic[1]], before[phonetic[1]])
 
 
 def test_losses_are_told_by_kind(trainer: lm.Trainer) -> None:

@@ -151,8 +151,14 @@ def _style() -> GraphSpec:
         inputs=("wave",),
         outputs=("logits",),
         axes=({1: ("samples", 1280, 1_600_000)},),
-        sources=lambda layout: (layout.style / "config.json", layout.style / "pytorch_model.bin"),
+        sources=lambda layout: (layout.style / "config.json", _style_weights(layout.style)),
     )
+
+
+def _style_weights(folder: Path) -> Path:
+    """The file that the style encoder is loaded from; see ``stages.style``."""
+    path = folder / "model.safetensors"
+    return path if path.is_file() else folder / "pytorch_model.bin"
 
 
 def _vocoder(expressive: bool) -> list[GraphSpec]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+from safetensors.torch import save_file
 
 from agent.graphs import cache_dir, exporter, graphs
-from stages.checkpoint import Layout, find_layout
+from stages.checkpoint import Layout, find_layout, load_state
 from stages.phonetic import PhoneticEncoder
 from stages.pitch import PitchEncoder
 from stages.resample import resample, to_mono
@@ -82,6 +85,25 @@ def test_style_units_are_identical(
     graph = StyleEncoder.load(expressive, graph=made["style"])
     for name, wave in clips.items():
         np.testing.assert_array_equal(graph.units(wave), network.units(wave), err_msg=name)
+
+
+def test_a_style_encoder_in_safetensors_form_gives_the_same_graph(
+    expressive: Layout,
+    made: Graphs,
+    clips: dict[str, np.ndarray],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SPIRITLM_CACHE_DIR", str(tmp_path / "cache"))
+    layout = replace(expressive, root=tmp_path)
+    layout.style.mkdir(parents=True)
+    shutil.copy(expressive.style / "config.json", layout.style)
+    state = load_state(expressive.style / "pytorch_model.bin")
+    save_file({k: v.clone() for k, v in state.items()}, layout.style / "model.safetensors")
+    graph = StyleEncoder.load(layout, graph=graphs(layout, ["style"], device="cpu")["style"])
+    known = StyleEncoder.load(expressive, graph=made["style"])
+    for name, wave in list(clips.items())[:3]:
+        np.testing.assert_array_equal(graph.logits(wave), known.logits(wave), err_msg=name)
 
 
 @pytest.mark.parametrize("version", ["base", "expressive"])

@@ -2,6 +2,24 @@
 
 The hangover follows the speaker, and what the detector of :mod:`stages.turn_end` says shortens or
 lengthens it for one silence. All lengths are samples at 16 kHz; there is no clock here.
+
+*The speaker.* A turn is cut when its longest pause outlasts the hangover, so that is what is
+remembered of each turn: 0 for most turns of somebody who does not pause. The hangover wanted is the
+second longest of the last turns (one odd turn does not move it) and a margin. It is approached
+slowly from above, a share of the way with each turn. Where a pause came within the margin of the
+hangover, or outlasted it, the hangover grows at once, by no more than half, so that one telephone
+call in mid-sentence does not make every later answer late.
+
+*The verdict.* ``min_hangover_ms`` for what surely sounded finished, ``max_hangover_ms`` for what
+sounded unfinished, and what the speaker needs in between.
+
+The numbers were chosen with ``python -m bench.endpointing``'s recordings, 640 turns of speakers who
+pause much and of ones who hardly do (seeds 11 and 12), the thresholds of the verdict with 240
+others (seed 0). Twelve turns, a tenth and 100 ms: 3.4 % of turns cut after 0.70 s on average; a
+fixed 700 ms cut 11.6 %. Eight turns or a quarter answered sooner (0.64 s) and cut more (5.9 %);
+sixteen turns or 200 ms the other way round (2.5 %, 0.78 s). The detector said 0.95 and more of
+nine ends in ten, 0.3 and less of nine fillers ("um") in ten and of 3 % of the ends. From 0.9 on
+it was trusted too often (10.4 % cut instead of 8.8 %); 0.1 or 0.5 for the other made no difference.
 """
 
 from __future__ import annotations
@@ -11,12 +29,12 @@ from collections import deque
 from agent.schema import TurnsConfig
 from stages import SAMPLE_RATE
 
-MARGIN_MS = 200
-REMEMBERED_TURNS = 8
-GROWTH = 1.5
-DECAY = 0.25
-FINISHED = 0.9
-UNFINISHED = 0.2
+MARGIN_MS = 100  # the hangover is to be longer than the usual longest pause by this
+REMEMBERED_TURNS = 12
+GROWTH = 1.5  # at most, for one pause
+DECAY = 0.1  # of what the hangover is too long by, with each turn
+FINISHED = 0.95  # a verdict of at least this ends the turn early
+UNFINISHED = 0.3  # one of at most this lets it wait
 
 
 class Endpointing:
@@ -58,8 +76,13 @@ class Endpointing:
     def judged(self, finished: float) -> None:
         """The sentence is finished with this probability, said of the present silence.
 
-        A verdict that comes after the silence is over says nothing about the next.
+        A verdict that comes when the silence is over changes nothing.
+
+        Raises:
+            ValueError: ``finished`` is no probability.
         """
+        if not 0 <= finished <= 1:
+            raise ValueError(f"finished is {finished}, expected a probability, 0 to 1")
         if self._silent:
             self._verdict = finished
 

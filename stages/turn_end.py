@@ -66,8 +66,8 @@ def _tables() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
 def features(wave: NDArray[np.float32]) -> NDArray[np.float32]:
     """What the model reads of ``wave`` (float32 ``[n]``, 16 kHz): float32 ``[80, 800]``.
 
-    The same as transformers' ``WhisperFeatureExtractor(chunk_length=8)`` with ``do_normalize`` makes
-    of the last 8 s, zeros in front where there is less.
+    What transformers' ``WhisperFeatureExtractor(chunk_length=8)`` with ``do_normalize`` makes of
+    the last 8 s, zeros in front where there is less.
     """
     wave = np.asarray(wave, np.float32)[-WINDOW:]
     padded = np.zeros(WINDOW, np.float32)

@@ -167,7 +167,9 @@ class Session:
         for event in self._ears.flush():
             await self._follow(event, position)
         await self._quiet.wait()
-        self._pipeline.orders.close()
+        await self.interrupt("the source ended")
+        async with self._posting:  # the last word may still be on its way
+            self._pipeline.orders.close()
 
     async def _hear(self, piece: np.ndarray, position: int) -> None:
         """Judge one VAD frame or less, and do what follows from it."""
@@ -221,8 +223,6 @@ class Session:
         """Take the actions: at once what must not wait, then, in order, what may."""
         for action in actions:
             self._act(action)
-        if not self._outbox:
-            return
         async with self._posting:
             while self._outbox:
                 message = self._outbox.popleft()

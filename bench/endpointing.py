@@ -35,6 +35,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -327,18 +328,22 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, float]:
 def show(rows: Sequence[dict[str, Any]], verdicts: dict[str, dict[str, float]]) -> None:
     """The tables on the terminal."""
     console = Console()
-    table = Table(title="turns cut in mid-sentence; end of speech to endpoint, p50 / p95 in ms")
-    for heading in ("hangover", "ms", *(g for g in ("all", PAUSING, FLUENT) for _ in (0, 1))):
-        table.add_column(heading, justify="left" if heading == "hangover" else "right")
+    title = "all, pausing and fluent speakers: turns cut in mid-sentence (%), ms until the endpoint"
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("hangover", no_wrap=True)
+    for heading in ("ms", *("cut", "p50/p95") * 3):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         cells = []
         for group in ("all", PAUSING, FLUENT):
             figures = row[group]
-            cells.append(f"{figures['false_endpoints_percent']:.1f} %")
-            cells.append(f"{figures['delay_p50_ms']} / {figures['delay_p95_ms']}")
+            cells.append(f"{figures['false_endpoints_percent']:.1f}")
+            cells.append(f"{figures['delay_p50_ms']}/{figures['delay_p95_ms']}")
         table.add_row(row["family"], str(row["hangover_ms"]), *cells)
     console.print(table)
-    table = Table("silence after", "n", "p10", "p50", "p90", title="smart-turn: finished?")
+    table = Table(
+        "silence after", "n", "p10", "p50", "p90", title="smart-turn: finished?", box=SIMPLE_HEAD
+    )
     for kind, figures in verdicts.items():
         shares = (f"{figures[key]:.2f}" for key in ("p10", "p50", "p90"))
         table.add_row(kind, str(figures["n"]), *shares)
@@ -392,7 +397,7 @@ def _about(judge: Judge, **settings: Any) -> dict[str, Any]:
 
 def main(
     turns: Annotated[int, typer.Option(help="Requests of each of the eight speakers.", min=2)] = 40,
-    seed: Annotated[int, typer.Option(help="Of requests, pauses and noise.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of requests, pauses and noise.")] = 2,
     verdict_ms: Annotated[
         int, typer.Option(help="From the event of a silence to the detector's verdict, ms.", min=0)
     ] = 100,

@@ -124,16 +124,16 @@ def test_it_grows_at_once_when_a_turn_was_cut() -> None:
     speaker = endpointing(600)
     speaker.silence()
     speaker.ended()
-    speaker.overrun(700 * MS)
+    speaker.overrun(650 * MS)
     speaker.silence()
-    assert speaker.hangover == 800 * MS
+    assert speaker.hangover == 850 * MS
 
 
 def test_it_grows_at_once_when_a_turn_was_nearly_cut() -> None:
     speaker = endpointing(600)
     speaker.silence()
     speaker.resumed(590 * MS)
-    assert speaker.hangover == 690 * MS
+    assert speaker.hangover == 790 * MS
 
 
 def test_it_shrinks_slowly() -> None:

@@ -23,7 +23,19 @@ STEPS = {
     "lm": "Train the language model on speech, text and mixed streams.",
     "evaluate": "Measure the checkpoint with an independent recognizer; write the model card.",
 }
-VOCODER = "checkpoints/nano/speech_tokenizer/hifigan_spiritlm_expressive_w2v2"
+# Arguments with which a step takes seconds: what comes out runs, and knows nothing.
+SMALL = {
+    "corpus": ["--limit", "160"],
+    "hearing": ["--clusters", "60", "--dims", "20"],
+    "tokenizers": ["--share", "0.02"],
+    "vocoder": [
+        *("--mel-minutes", "0.2", "--unit-minutes", "0.1", "--minutes", "0.2"),
+        *("--duration-steps", "30", "--evaluate", "2"),
+    ],
+    "text_tokenizer": ["--text-pieces", "300"],
+    "lm": ["--minutes", "0.5"],
+    "evaluate": ["--limit", "2", "--spoken", "1"],
+}
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 app = typer.Typer(
@@ -71,19 +83,43 @@ for _step, _summary in STEPS.items():
     _register(_step, _summary)
 
 
+def arguments(step: str, work: Path, out: Path, small: bool = False) -> list[str]:
+    """The command line of one step of the whole: files in ``work``, the model in ``out``."""
+    ears, lm = out / "speech_tokenizer", out / "spiritlm_model" / "spirit-lm-nano"
+    places = {
+        "hearing": ["--out", ears / "hubert_25hz"],
+        "units": ["--checkpoint", ears / "hubert_25hz"],
+        "tokenizers": ["--out", ears],
+        "vocoder": ["--ship", ears / "hifigan_spiritlm_expressive_w2v2"],
+        "text_tokenizer": ["--out", lm],
+        "lm": ["--out", lm],
+        "evaluate": ["--checkpoint", out],
+    }
+    found = ["--work", work, *places.get(step, []), *(SMALL.get(step, []) if small else [])]
+    return [str(argument) for argument in found]
+
+
 @app.command("all")
 def every(
     work: Annotated[Path, typer.Option(help="Folder for what the recipes make.")] = Path("work"),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the model, by default WORK/nano; checkpoints/nano is the shipped one."
+        ),
+    ] = None,
     since: Annotated[str, typer.Option(help="Begin with this step.")] = "corpus",
+    small: Annotated[
+        bool, typer.Option(help="Try the chain out on a few recordings, in some minutes.")
+    ] = False,
 ) -> None:
-    """Run every step, from text to the model card: about three hours on two CPU cores."""
+    """Run every step, from text to the model card: about six hours on two CPU cores."""
     names = list(STEPS)
     if since not in names:
         raise typer.BadParameter(f"no step {since!r}: choose one of {', '.join(names)}")
     for number, step in enumerate(names[names.index(since) :], names.index(since) + 1):
         typer.echo(f"[{number}/{len(names)}] {step}: {STEPS[step]}")
-        more = ["--ship", VOCODER] if step == "vocoder" else []
-        run_step(step, ["--work", str(work), *more])
+        run_step(step, arguments(step, work, out or work / "nano", small))
 
 
 def main() -> None:

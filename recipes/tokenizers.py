@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,7 +36,7 @@ def report(work: Path, **parts: Any) -> None:
     path.write_text(json.dumps(known | parts, indent=2) + "\n", encoding="utf-8")
 
 
-def train_pitch(work: Path, out: Path, seed: int, processes: int) -> None:
+def train_pitch(work: Path, out: Path, seed: int, processes: int, plan: pitch_vq.Plan) -> None:
     """Make ``out`` (the folder ``vqvae_f0_quantizer``) unless it is there, and report on it."""
     if (out / "model.pt").is_file():
         return
@@ -44,9 +45,7 @@ def train_pitch(work: Path, out: Path, seed: int, processes: int) -> None:
     held_out = [row for row in manifest if row["split"] == "heldout"][:VQ_HELD_OUT]
     f0.extract(work, train + held_out, processes)
     state = work / "tokenizers" / "pitch_vq.state"
-    model, settings = pitch_vq.train(
-        pitch_vq.inputs(work, train), pitch_vq.Plan(), state, seed=seed
-    )
+    model, settings = pitch_vq.train(pitch_vq.inputs(work, train), plan, state, seed=seed)
     pitch_vq.save(model, settings, out)
     model, _ = load_vqvae(out)  # as stored, rounded to half precision
     full = [f0.load_f0(work, row) for row in held_out]
@@ -85,7 +84,7 @@ def extract_pitch(work: Path, out: Path, processes: int) -> None:
         extract_units(work / "units" / "pitch.jsonl", part, "pi", units)
 
 
-def train_style(work: Path, out: Path, seed: int) -> None:
+def train_style(work: Path, out: Path, seed: int, plan: style_classifier.Plan) -> None:
     """Make ``out`` (the folder ``style_encoder_w2v2``) unless it is there, and report on it."""
     if (out / "pytorch_model.bin").is_file():
         return
@@ -93,7 +92,7 @@ def train_style(work: Path, out: Path, seed: int) -> None:
     train = [row for row in manifest if row["split"] == "train"]
     held_out = [row for row in manifest if row["split"] == "heldout"]
     state = work / "tokenizers" / "style.state"
-    network = style_classifier.train(work, train, style_classifier.Plan(), state, seed)
+    network = style_classifier.train(work, train, plan, state, seed)
     style_classifier.save(network, out)
     encoder = StyleEncoder(load_style_network(out))  # as stored, rounded to half precision
     scores = style_classifier.evaluate(encoder, work, held_out)
@@ -114,12 +113,20 @@ def main(
     ),
     seed: Annotated[int, typer.Option(help="Seed of both trainings.")] = 0,
     processes: Annotated[int, typer.Option(help="Processes that compute F0.")] = 2,
+    share: Annotated[
+        float, typer.Option(min=0, max=1, help="Of the trainings' steps; small to try it out.")
+    ] = 1.0,
 ) -> None:
     """Train the pitch and style tokenizers and give their units to the whole corpus."""
     torch.set_num_threads(1)
-    train_pitch(work, out / "vqvae_f0_quantizer", seed, processes)
+    pitch, style = pitch_vq.Plan(), style_classifier.Plan()
+    pitch = replace(
+        pitch, steps=max(2, int(share * pitch.steps)), warmup=max(1, int(share * pitch.warmup))
+    )
+    style = replace(style, steps=max(1, int(share * style.steps)))
+    train_pitch(work, out / "vqvae_f0_quantizer", seed, processes, pitch)
     extract_pitch(work, out / "vqvae_f0_quantizer", processes)
-    train_style(work, out / "style_encoder_w2v2", seed)
+    train_style(work, out / "style_encoder_w2v2", seed, style)
     extract_style(work, out / "style_encoder_w2v2")
 
 

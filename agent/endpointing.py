@@ -13,14 +13,14 @@ call in mid-sentence does not make every later answer late.
 *The verdict.* ``min_hangover_ms`` for what surely sounded finished, ``max_hangover_ms`` for what
 sounded unfinished, and what the speaker needs in between.
 
-The numbers were chosen on recordings of ``python -m bench.endpointing``, 640 turns of speakers who
-pause much and of ones who hardly do (seeds 11 and 12), the thresholds of the verdict on 240 others
-(seed 0); none of them is in the figures under ``bench/results``. Twelve turns, a tenth and 200 ms
-(half of which is what the VAD takes to notice speech again) cut 4.1 % of the turns and waited
-0.77 s on average; a fixed 700 ms cut 16.2 % and a fixed second 4.8 %. Eight turns and a fifth:
-6.4 % and 0.72 s; 300 ms: 2.8 % and 0.85 s. The detector said 0.95 or more of most ends, 0.3 or less
-of nearly nine fillers ("um") in ten and of few ends. Trusting it from 0.9 on cut 12.5 % instead of
-10.4 % and saved 24 ms; 0.1 or 0.5 in place of 0.3 changed less than a point.
+The numbers were chosen by replaying the pauses that the VAD found in recordings of
+``python -m bench.endpointing``: 640 turns of speakers who pause much and of ones who hardly do
+(seeds 11 and 12), for the thresholds of the verdict 240 others (seed 0); ``bench/results`` shows
+yet other turns. Twelve turns, a tenth and 200 ms (half of which is what the VAD takes to notice
+speech again) cut 4.1 % of the turns and waited 0.77 s on average; a fixed 700 ms cut 16.2 %, a
+fixed second 4.8 %. Eight turns and a fifth: 6.4 % and 0.72 s; 300 ms: 2.8 % and 0.85 s. Trusting
+the verdict from 0.9 on cut 12.5 % instead of 10.4 % and saved 24 ms; 0.1 or 0.5 in place of 0.3
+changed less than a point.
 """
 
 from __future__ import annotations

@@ -46,6 +46,7 @@ from recipes.domain import FUNCTION_WORDS, build
 from recipes.grammar import QUESTION
 from recipes.voices import speak
 from stages import SAMPLE_RATE
+from stages.checkpoint import CheckpointError
 from stages.turn_end import TurnEndDetector
 from stages.vad import (
     SilenceStarted,
@@ -410,7 +411,11 @@ def main(
     delay is set, not measured, so that the outcome does not depend on what else the machine does;
     what a call really took is reported beside it.
     """
-    judge = Judge(threads)
+    try:
+        judge = Judge(threads)
+    except CheckpointError as error:
+        typer.echo(error, err=True)
+        raise typer.Exit(2) from error
     recorded = sessions(turns, seed)
     settings = load_config("nano").vad.settings()
     rows = []

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from virtual_time import VirtualWorker, run
+from virtual_time import VirtualLoudspeaker, VirtualWorker, run
 
 from agent.config import Config
 from agent.conversation import State
@@ -83,11 +83,11 @@ class PlayedVad(VoiceActivityDetector):
         return bool(frame[0])
 
     def push(self, item: np.ndarray) -> list[VadEvent]:
-        if self._state.name == "IDLE" and not len(self._pending) and len(item) == self._frame:
-            if not item[0] and not any(self._votes):  # silence in silence changes nothing
-                self._now += len(item)
-                self._history = np.zeros(self._pre_roll + self._window * self._frame, np.float32)
-                return []
+        idle = self._state.name == "IDLE" and not len(self._pending)
+        if idle and len(item) == self._frame and not (item[0] or any(self._votes)):
+            self._now += len(item)  # silence in silence changes nothing else
+            self._history = np.zeros(self._pre_roll + self._window * self._frame, np.float32)
+            return []
         return super().push(item)
 
 
@@ -132,61 +132,16 @@ class PlayedVocoder:
         return []
 
 
-class Loudspeaker:
-    """Plays in virtual time, after a delay, and checks what it is given."""
+class Loudspeaker(VirtualLoudspeaker):
+    """Checks what it is given to play."""
 
-    def __init__(self, latency: float) -> None:
-        self._latency = latency
-        self._begun = self._queued = 0
-        self._since = 0.0
-        self._finished = True
-        self.session: Session | None = None
-        self.stopped_at: list[int] = []
-        self._frozen: int | None = None
-
-    def freeze(self) -> None:
-        """The playhead stands still from now on."""
-        self._frozen = self.heard
-
-    def begin(self) -> None:
-        assert self.done, "two replies at once"
-        self._queued, self._finished, self._since = 0, False, -1.0
-        self._frozen = None if self._frozen is None else 0
+    session: Session
 
     def play(self, samples: np.ndarray) -> None:
-        assert self.session is not None
         assert self.session.state is State.ANSWERING
         turn = self.session._taking.turn
         assert float(samples[0]) == turn % 400 + 1, "a past turn is played"
-        if self._since < 0:
-            self._since = asyncio.get_running_loop().time() + self._latency
-        self._queued += len(samples)
-
-    def finish(self) -> None:
-        self._finished = True
-
-    def stop(self) -> int:
-        heard = self.heard
-        self.stopped_at.append(heard)
-        self._queued, self._finished, self._since = 0, True, -1.0
-        self._frozen = None if self._frozen is None else 0
-        return heard
-
-    def duck(self, on: bool) -> None:
-        """Nothing to hear."""
-
-    @property
-    def heard(self) -> int:
-        if self._frozen is not None:
-            return self._frozen
-        if self._since < 0:
-            return 0
-        passed = (asyncio.get_running_loop().time() - self._since) * SAMPLE_RATE
-        return max(0, min(self._queued, int(passed)))
-
-    @property
-    def done(self) -> bool:
-        return self._finished and self.heard >= self._queued
+        super().play(samples)
 
 
 class Played:

@@ -35,6 +35,27 @@ def test_the_shipped_model_is_replaced_only_when_asked(
     assert called["evaluate"] == ["--work", "work", "--checkpoint", "checkpoints/nano"]
 
 
+def test_an_interrupted_step_ends_the_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes after would learn from half of what it needs."""
+    begun: list[str] = []
+
+    class Step:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def main(self, work: Path) -> None:
+            begun.append(self.name)
+            if self.name == "units":
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(chain.importlib, "import_module", lambda n: Step(n.split(".")[1]))
+    monkeypatch.setattr(chain, "arguments", lambda *_: ["--work", "w"])
+    monkeypatch.setattr(chain.sys, "argv", ["recipes", "all"])
+    with pytest.raises(SystemExit) as stop:
+        chain.main()
+    assert stop.value.code == 130 and begun == ["corpus", "hearing", "units"]
+
+
 def test_a_step_that_is_none_is_named() -> None:
     run = CliRunner().invoke(chain.app, ["all", "--since", "bake"])
     assert run.exit_code == 2 and "no step 'bake'" in run.output

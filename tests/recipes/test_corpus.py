@@ -174,9 +174,7 @@ def test_styles_do_what_their_names_say() -> None:
 @FLITE
 @HIBARI
 @pytest.mark.parametrize("voice", ["slt", "kal16"])
-def test_a_flite_recording_has_words_and_phones(
-    voice: str, tmp_path: Path
-) -> None:
+def test_a_flite_recording_has_words_and_phones(voice: str, tmp_path: Path) -> None:
     row = corpus.record(job("Please turn left.", voice), tmp_path)
     check_row(row, tmp_path)
     words = row["words"]

@@ -1,4 +1,4 @@
-"""An event loop whose clock jumps to the next thing that happens: minutes of talk in milliseconds."""
+"""An event loop whose clock jumps to what happens next: minutes of talk in milliseconds."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import asyncio
 import selectors
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
+
+import numpy as np
+
+from stages import SAMPLE_RATE
 
 R = TypeVar("R")
 
@@ -62,3 +66,55 @@ class VirtualWorker:
 
     async def close(self) -> None:
         """There is no thread."""
+
+
+class VirtualLoudspeaker:
+    """A :class:`agent.playback.Playback` whose playhead is the loop's clock, ``latency`` s late."""
+
+    def __init__(self, latency: float = 0.0) -> None:
+        self._latency = latency
+        self._frozen: int | None = None
+        self._since: float | None
+        self._silence()
+
+    def freeze(self) -> None:
+        """The playhead stands still from now on."""
+        self._frozen = self.heard
+
+    def begin(self) -> None:
+        assert self.done, "two replies at once"
+        self._silence()
+        self._finished = False
+
+    def play(self, samples: np.ndarray) -> None:
+        if self._since is None:
+            self._since = asyncio.get_running_loop().time() + self._latency
+        self._queued += len(samples)
+
+    def finish(self) -> None:
+        self._finished = True
+
+    def stop(self) -> int:
+        heard = self.heard
+        self._silence()
+        return heard
+
+    def duck(self, on: bool) -> None:
+        """Nobody listens."""
+
+    @property
+    def heard(self) -> int:
+        if self._frozen is not None:
+            return self._frozen
+        if self._since is None:
+            return 0
+        passed = asyncio.get_running_loop().time() - self._since
+        return max(0, min(self._queued, int(passed * SAMPLE_RATE)))
+
+    @property
+    def done(self) -> bool:
+        return self._finished and self.heard >= self._queued
+
+    def _silence(self) -> None:
+        self._queued, self._since, self._finished = 0, None, True
+        self._frozen = None if self._frozen is None else 0

@@ -38,6 +38,8 @@ SMALL = {
 }
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     help="How nano is made. Every step has its own --help, is seeded, and resumes.",
     no_args_is_help=True,
@@ -48,7 +50,8 @@ app = typer.Typer(
 def run_step(step: str, arguments: list[str]) -> None:
     """Run one step with its own command line.
 
-    Raises SystemExit with code 2 and one sentence when a package of the extra [train] is missing.
+    Raises SystemExit with code 2 and one sentence when a package of the extra [train] is missing,
+    and typer.Exit with the step's code when it ends with one, as it does when interrupted.
     """
     try:
         main = importlib.import_module(f"recipes.{step}").main
@@ -57,9 +60,11 @@ def run_step(step: str, arguments: list[str]) -> None:
     command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     command.command()(main)
     try:
-        command(arguments, prog_name=f"python -m recipes {step}", standalone_mode=False)
+        code = command(arguments, prog_name=f"python -m recipes {step}", standalone_mode=False)
     except ModuleNotFoundError as error:
         _explain(step, error)
+    if code:  # without standalone mode an exit is no exception but what is returned
+        raise typer.Exit(code)
 
 
 def _explain(step: str, error: ModuleNotFoundError) -> None:
@@ -125,12 +130,9 @@ def every(
 def main() -> None:
     """The command line; an error that the user can mend is one line and exit code 2."""
     try:
-        app(standalone_mode=False)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
+        code = app(standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):
-        typer.echo("stopped; the next run resumes", err=True)
-        sys.exit(130)
+        code = INTERRUPTED
     except Exception as error:
         if hasattr(error, "show"):  # click's usage errors, under whatever name typer has them
             error.show()
@@ -139,6 +141,9 @@ def main() -> None:
         else:
             raise
         sys.exit(getattr(error, "exit_code", 2))
+    if code == INTERRUPTED:
+        typer.echo("stopped; the next run resumes", err=True)
+    sys.exit(code or 0)
 
 
 if __name__ == "__main__":

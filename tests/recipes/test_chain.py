@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Annotated
 
 import pytest
 import typer
@@ -39,18 +42,20 @@ def test_an_interrupted_step_ends_the_chain(monkeypatch: pytest.MonkeyPatch) -> 
     """What comes after would learn from half of what it needs."""
     begun: list[str] = []
 
-    class Step:
-        def __init__(self, name: str) -> None:
-            self.name = name
-
-        def main(self, work: Path) -> None:
-            begun.append(self.name)
-            if self.name == "units":
+    def step(name: str) -> ModuleType:
+        def main(work: Annotated[Path, typer.Option()]) -> None:
+            begun.append(name)
+            if name == "units":
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(chain.importlib, "import_module", lambda n: Step(n.split(".")[1]))
+        module = ModuleType(name)
+        module.main = main  # type: ignore[attr-defined]
+        return module
+
+    for name in chain.STEPS:
+        monkeypatch.setitem(sys.modules, f"recipes.{name}", step(name))
     monkeypatch.setattr(chain, "arguments", lambda *_: ["--work", "w"])
-    monkeypatch.setattr(chain.sys, "argv", ["recipes", "all"])
+    monkeypatch.setattr(sys, "argv", ["recipes", "all"])
     with pytest.raises(SystemExit) as stop:
         chain.main()
     assert stop.value.code == 130 and begun == ["corpus", "hearing", "units"]

@@ -1,9 +1,10 @@
 """``python -m recipes corpus``: synthesise the speech that nano learns from, exactly aligned.
 
 Writes {work}/corpus: wav files (16 kHz, PCM16), manifest.jsonl (one recording a line),
-dialogs.jsonl (requests with their right replies) and, at the end, DONE with a summary. The order is
-shuffled so that every prefix of the manifest is a fair sample; an interrupted run goes on where it
-stopped.
+dialogs.jsonl (requests with their right replies) and, at the end, DONE with a summary. The first
+part holds what is held out and all replies, the second more words in more orders for the language
+model. Each is shuffled, so that a prefix of the manifest is a fair sample; an interrupted run goes
+on where it stopped.
 """
 
 from __future__ import annotations

@@ -161,8 +161,9 @@ def _data(corpus: Row) -> Iterator[str]:
     yield (
         f"{corpus['hours']} hours of synthetic speech ({corpus['recordings']} recordings; "
         f"{corpus['split'].get('heldout', 0)} hours of them held out), made by `python -m recipes "
-        "corpus`: requests and replies from the grammar in `recipes/domain.txt`, written for this "
-        "project, and sentences from the usage examples of WordNet 3.0 (WordNet licence).\n"
+        "corpus`: requests and replies from the grammar in `recipes/domain.txt` and the phrasings "
+        "in `recipes/domain_more.txt`, written for this project, sentences mixed of their phrases, "
+        "and sentences from the usage examples of WordNet 3.0 (WordNet licence).\n"
     )
     rows = [
         [voice, str(hours), SOURCES[VOICES[voice].engine], "yes" if VOICES[voice].trained else "no"]

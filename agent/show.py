@@ -9,45 +9,74 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from agent.events import Event, Heard, ReplyAudio, ReplyText, TurnEnded
+from agent.events import (
+    DeviceChanged,
+    Event,
+    Heard,
+    Interrupted,
+    ReplyAudio,
+    ReplyText,
+    Spoken,
+    StateChanged,
+    TurnEnded,
+)
 from agent.telemetry import TurnTrace, table
+from stages import SAMPLE_RATE
 
 
 class Transcript:
     """Prints events as they come: the words heard, the words said, the times of the turn.
 
     Args:
-        plain: lines for logs, without colours, tables or half-written lines.
+        plain: lines for logs, without colours, tables or half-written lines. Of a live conversation
+            they also tell the state, interruptions and devices, and of a reply the words that were
+            spoken.
     """
 
     def __init__(self, console: Console, plain: bool = False) -> None:
         self._console = console
         self._plain = plain
         self._saying = False  # a line of the reply is being written
+        self._spoken = ""
+        self._stopped = ""  # what is to be said of an interruption
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Heard):
-            self._line("heard", event.text or "(no words)")
+            self._line("heard", printable(event.text) or "(no words)")
         elif isinstance(event, ReplyText) and not self._plain:
-            text = event.text if self._saying else event.text.lstrip()
+            text = printable(event.text)
+            text = text if self._saying else text.lstrip()
             if text and not self._saying:
                 self._console.print(_label("says"), end="")
                 self._saying = True
             self._console.out(text, end="", highlight=False)
         elif isinstance(event, ReplyAudio) and not event.first_sample:
             self._break()
+        elif isinstance(event, Spoken):
+            self._spoken += event.text
+        elif isinstance(event, Interrupted):
+            heard = event.heard / SAMPLE_RATE
+            self._stopped = f"turn={event.turn} heard={heard:.2f}s reason={event.reason}"
         elif isinstance(event, TurnEnded):
             self._ended(event.trace)
+        elif isinstance(event, StateChanged) and self._plain:
+            self._line("state", f"{event.state} ({event.reason})")
+        elif isinstance(event, DeviceChanged):
+            self._line("device", printable(event.message))
 
     def _ended(self, trace: TurnTrace) -> None:
         self._break()
-        said = trace.said.strip()
-        if not said:
+        spoken, stopped, self._spoken, self._stopped = self._spoken, self._stopped, "", ""
+        said = printable(spoken if stopped else trace.said).strip()
+        if stopped and self._plain:
+            self._line("says", said or "(interrupted before a word)")
+            self._line("interrupted", stopped)
+        elif not said:
             self._line("says", "(speech without words)" if trace.reply_samples else "(nothing)")
         elif self._plain:
             self._line("says", said)
         if trace.ended not in ("complete", "long enough"):
-            self._line("ended", trace.ended)
+            self._line("ended", printable(trace.ended))
         if self._plain:
             self._line("trace", summary(trace))
         else:
@@ -119,6 +148,11 @@ def summary(trace: TurnTrace) -> str:
         parts.append(f"real_time_factor={trace.real_time_factor:.2f}")
     dropped = sum(int(counters["dropped"]) for counters in trace.channels.values())
     return " ".join([*parts, f"dropped={dropped}"])
+
+
+def printable(text: str) -> str:
+    """``text`` on one line and without control characters: a model may write any byte."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else "\ufffd" for c in text)
 
 
 def _label(name: str) -> Text:

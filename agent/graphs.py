@@ -86,12 +86,28 @@ def graphs(
     return {name: OnnxGraph(path, device, threads) for name, path in paths.items()}
 
 
-def _cached_path(name: str, sources: Iterable[Path]) -> Path:
-    digest = hashlib.sha256()
-    digest.update(f"{exporter().FORMAT} {torch.__version__}".encode())
-    for path in sources:
+def encoder_files(layout: Layout) -> list[Path]:
+    """The files on which the units of a recording depend."""
+    vocoder = {"vocoder", "durations"}
+    specs = [spec for spec in exporter().specs(layout) if spec.name not in vocoder]
+    return [path for spec in specs for path in spec.sources(layout)]
+
+
+def fingerprint(first: str, files: Iterable[Path]) -> str:
+    """A short name for ``first`` together with the content of ``files``.
+
+    Raises:
+        CheckpointError: a file is not there.
+    """
+    digest = hashlib.sha256(first.encode())
+    for path in files:
         digest.update(_file_hash(path).encode())
-    return cache_dir() / "onnx" / f"{name}-{digest.hexdigest()[:20]}.onnx"
+    return digest.hexdigest()[:20]
+
+
+def _cached_path(name: str, sources: Iterable[Path]) -> Path:
+    made_by = f"{exporter().FORMAT} {torch.__version__}"
+    return cache_dir() / "onnx" / f"{name}-{fingerprint(made_by, sources)}.onnx"
 
 
 def _file_hash(path: Path) -> str:

@@ -9,6 +9,7 @@ import torch
 
 from agent.config import Config
 from agent.errors import UserError
+from agent.examples import prompt
 from agent.graphs import Progress, graphs
 from agent.reply import Dialogue
 from stages import SAMPLE_RATE
@@ -48,6 +49,9 @@ class Models:
         self.lm = lm
         self._vocoder = vocoder
         self._turn_end: TurnEndDetector | None = None
+        self._examples = prompt(
+            config.conversation.examples, config.reply, speech_tokenizer, layout
+        )
         if tokenizer.vocab_size != lm.vocab_size:
             raise CheckpointError(
                 f"{layout.lm}: the tokenizer counts {tokenizer.vocab_size} rows, the model "
@@ -132,6 +136,7 @@ class Models:
             self.config.sampling.text.sampling(),
             self.config.sampling.speech.sampling(),
             unspeakable=self._unspeakable(),
+            examples=self._examples,
         )
 
     def _unspeakable(self) -> list[int]:

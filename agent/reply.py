@@ -122,7 +122,10 @@ class Dialogue:
             self._lm.append(self._prefix)
         start = self._lm.length
         self._starts.append(start)
-        self._lm.append(self._opening)
+        opening = self._opening
+        if opening[0] == self._tokenizer.text_tag and self._in_text():
+            opening = opening[1:]  # a tag stands where the modality changes
+        self._lm.append(opening)
         self._turn = _Turn(start, self._lm.length, self._lm.length)
 
     def hear(self, keep: int, frames: Sequence[UnitFrame]) -> None:
@@ -173,8 +176,7 @@ class Dialogue:
             return
         if units is not None:
             self._cut(turn, units, characters)
-        if lm.ids[-1] != self._tokenizer.eos and lm.length < lm.capacity:
-            lm.append([self._tokenizer.eos])
+        self._close()
         self._turn = None
         self._slide()
 
@@ -264,6 +266,22 @@ class Dialogue:
                     yield SaidText(said)
             if text_left <= 0:
                 return
+
+    def _close(self) -> None:
+        """Mark the end of the turn; where turns are told apart by tags, the next tag does."""
+        lm, eos = self._lm, self._tokenizer.eos
+        ended = lm.ids[-1] == eos
+        if self._config.user_tag and ended:
+            lm.rewind(lm.length - 1)
+        elif not (self._config.user_tag or ended) and lm.length < lm.capacity:
+            lm.append([eos])
+
+    def _in_text(self) -> bool:
+        """Whether the last token is a piece of text."""
+        last, tokenizer = self._lm.ids[-1], self._tokenizer
+        if self._lm.length <= 2 or tokenizer.is_special(last):
+            return False
+        return tokenizer.id_to_unit(last) is None and tokenizer.id_to_tag(last) is None
 
     def _cut(self, turn: _Turn, units: int, characters: int) -> None:
         """Take from the cache what of the reply was not heard: sounds, and words of the plan."""

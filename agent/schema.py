@@ -183,6 +183,23 @@ class ReplyConfig(Section):
     )
 
 
+class ExampleConfig(Section):
+    """A turn that precedes the conversation."""
+
+    user: str = Field(description="what the user says: text, or a recording's file name")
+    agent: str = Field(description="what is answered: text, or a recording's file name")
+
+
+class ConversationConfig(Section):
+    """What the model is to know before somebody speaks."""
+
+    examples: tuple[ExampleConfig, ...] = Field(
+        default=(),
+        description="turns that show a model which only continues how the conversation goes; they "
+        "stay in its context for ever",
+    )
+
+
 class VocoderConfig(Section):
     """The voice."""
 
@@ -327,6 +344,9 @@ class Config(Section):
         default=SamplingSections(), description="how tokens are chosen"
     )
     reply: ReplyConfig = Field(default=ReplyConfig(), description="form and limits of a reply")
+    conversation: ConversationConfig = Field(
+        default=ConversationConfig(), description="what precedes it"
+    )
     vocoder: VocoderConfig = Field(default=VocoderConfig(), description="the voice")
     channels: ChannelsConfig = Field(
         default=ChannelsConfig(), description="capacities between stages"

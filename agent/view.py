@@ -9,6 +9,7 @@ enough, and levels come all the time.
 from __future__ import annotations
 
 import io
+import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -285,7 +286,8 @@ def screenshot(events: Iterable[Event], path: Path, title: str, width: int = 92)
     for event in events:
         view(event)
     console.print(view.picture())
-    svg = console.export_svg(title=title)
+    # Pictures must not fetch anything: the reader's own monospaced font will do.
+    svg = re.sub(r"@font-face \{.*?\}", "", console.export_svg(title=title), flags=re.DOTALL)
     path.write_text("\n".join(map(str.rstrip, svg.splitlines())) + "\n", encoding="utf-8")
 
 

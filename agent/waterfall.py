@@ -71,7 +71,7 @@ def chart(trace: TurnTrace, width: int = 60, ascii_only: bool = False) -> Table:
     cells = max(8, min(width, 100) - 24)
     out = Table.grid(padding=(0, 1))
     out.add_column(no_wrap=True)
-    out.add_column(justify="right", no_wrap=True)
+    out.add_column(no_wrap=True)
     out.add_column(no_wrap=True, overflow="crop")
     for step in found:
         begin, end = (
@@ -80,7 +80,7 @@ def chart(trace: TurnTrace, width: int = 60, ascii_only: bool = False) -> Table:
         begin = min(begin, cells - 1)
         bar = ("#" if ascii_only else "━") * max(1, end - begin)
         line = Text(" " * begin).append(bar, style=STEPS[step.name][1])
-        out.add_row(Text(step.name), Text(f"{step.end - step.start:.0f} ms", style="dim"), line)
+        out.add_row(Text(step.name), Text(f"{step.end - step.start:4.0f} ms", style="dim"), line)
     return out
 
 

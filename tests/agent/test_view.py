@@ -34,7 +34,7 @@ PICTURE = Path(__file__).parents[2] / "docs" / "talk.svg"
 
 
 def spans(count: int) -> tuple[UnitSpan, ...]:
-    lengths = [640 * (1 + n * n % 5) for n in range(count)]
+    lengths = [640 * (1 + n**3 % 11 // 3 + n % 3) for n in range(count)]
     ends = np.cumsum(lengths)
     return tuple(
         UnitSpan(n, n, int(end) - length, int(end))
@@ -46,9 +46,9 @@ def units(*numbers: int) -> tuple[str, ...]:
     return tuple(f"[{'Pi' if n < 60 else 'Hu'}{n}]" for n in numbers)
 
 
-def trace(turn: int, hidden: bool = True, ended: str = "complete") -> TurnTrace:
+def trace(turn: int, hidden: bool = True, ended: str = "complete", extra: float = 0.0) -> TurnTrace:
     """A turn of which all but the last steps were done in the hangover, or none."""
-    late = 0.0 if hidden else 0.5
+    late = extra if hidden else 0.5
     marks = {
         "end_of_speech": 100.0,
         "endpoint": 100.5,
@@ -56,8 +56,8 @@ def trace(turn: int, hidden: bool = True, ended: str = "complete") -> TurnTrace:
         "prefill_done": 100.19 + late,
         "first_token": 100.22 + late,
         "first_unit": 100.3 + late,
-        "first_sample": 100.508 + late,
-        "first_heard": 100.545 + late,
+        "first_sample": 100.508 + (0.0 if hidden else late),
+        "first_heard": 100.545 + (0.0 if hidden else late),
     }
     return TurnTrace(
         turn,
@@ -82,7 +82,7 @@ def scene() -> Iterator[Event]:
     yield ReplyText(2, "I can count, I can tell the time, and I can spell.")
     yield Spoken(2, "I can count, ", 14000)
     yield Interrupted(2, 15200, "barge-in")
-    yield TurnEnded(2, trace(2, ended="barge-in"))
+    yield TurnEnded(2, trace(2, ended="barge-in", extra=0.09))
     yield TurnStarted(3, 90000)
     yield RequestUnits(3, 0, units(12, 311, 87, 402, 23, 118, 240, 77, 9, 365, 190, 411, 93, 288))
     yield RequestUnits(3, 11, units(414, 93, 41, 288, 276, 130, 18, 455))
@@ -303,4 +303,7 @@ def test_the_picture_for_the_readme(tmp_path: Path) -> None:
     path = PICTURE if os.environ.get("SPIRIT_REDRAW") else tmp_path / "talk.svg"
     screenshot(scene(), path, "python -m agent talk")
     assert "interrupted" in path.read_text(encoding="utf-8")
+    assert "http" not in path.read_text(encoding="utf-8").replace("http://www.w3.org", "").replace(
+        "https://www.textualize.io", ""
+    )
     assert "�" not in path.read_text(encoding="utf-8")

@@ -118,7 +118,7 @@ def every(
         bool, typer.Option(help="Try the chain out on a few recordings, in some minutes.")
     ] = False,
 ) -> None:
-    """Run every step, from text to the model card: about six hours on two CPU cores."""
+    """Run every step, from text to the model card: about five hours on two CPU cores."""
     names = list(STEPS)
     if since not in names:
         raise typer.BadParameter(f"no step {since!r}: choose one of {', '.join(names)}")

@@ -1,6 +1,6 @@
 """The command line: ``python -m agent --help``.
 
-Here are the commands for those who talk to it: ``run``, ``export``, ``info``. Those for
+Here are ``run``, ``export`` and ``info``; the live conversation is in :mod:`agent.talk`. Those for
 researchers (``encode``, ``decode``, ``generate``) are in :mod:`agent.research`. What needs PyTorch
 is imported when it is needed, so that ``--help`` is instant.
 """
@@ -18,13 +18,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from agent import research
+from agent import devices, research, talk
 from agent.commands import ConfigName, Debug, Overrides, Plain, mendable, stderr, writable
 from agent.config import Config, describe, keys, load_config
 from agent.errors import UserError
 
 app = typer.Typer(
     help="Speech in, speech out, one language model in between: a streaming agent around Spirit LM."
+    "\n\n"
+    "Talk with it:  [bold]python -m agent talk[/bold]  ([bold]devices[/bold] lists microphones "
+    "and loudspeakers)"
     "\n\n"
     "Answer a recording:  [bold]python -m agent run question.wav reply.wav[/bold]"
     "\n\n"
@@ -41,6 +44,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.command()(talk.talk)
+app.command()(devices.devices)
 app.command()(research.encode)
 app.command()(research.decode)
 app.command()(research.generate)

@@ -7,9 +7,7 @@ import selectors
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-import numpy as np
-
-from stages import SAMPLE_RATE
+from agent.playback import Clocked
 
 R = TypeVar("R")
 
@@ -68,14 +66,12 @@ class VirtualWorker:
         """There is no thread."""
 
 
-class VirtualLoudspeaker:
-    """A :class:`agent.playback.Playback` whose playhead is the loop's clock, ``latency`` s late."""
+class VirtualLoudspeaker(Clocked):
+    """A playback by the loop's clock that can get stuck, and that plays one reply at a time."""
 
     def __init__(self, latency: float = 0.0) -> None:
-        self._latency = latency
         self._frozen: int | None = None
-        self._since: float | None
-        self._silence()
+        super().__init__(lambda: asyncio.get_running_loop().time(), latency)
 
     def freeze(self) -> None:
         """The playhead stands still from now on."""
@@ -83,38 +79,12 @@ class VirtualLoudspeaker:
 
     def begin(self) -> None:
         assert self.done, "two replies at once"
-        self._silence()
-        self._finished = False
-
-    def play(self, samples: np.ndarray) -> None:
-        if self._since is None:
-            self._since = asyncio.get_running_loop().time() + self._latency
-        self._queued += len(samples)
-
-    def finish(self) -> None:
-        self._finished = True
-
-    def stop(self) -> int:
-        heard = self.heard
-        self._silence()
-        return heard
-
-    def duck(self, on: bool) -> None:
-        """Nobody listens."""
+        super().begin()
 
     @property
     def heard(self) -> int:
-        if self._frozen is not None:
-            return self._frozen
-        if self._since is None:
-            return 0
-        passed = asyncio.get_running_loop().time() - self._since
-        return max(0, min(self._queued, int(passed * SAMPLE_RATE)))
-
-    @property
-    def done(self) -> bool:
-        return self._finished and self.heard >= self._queued
+        return super().heard if self._frozen is None else self._frozen
 
     def _silence(self) -> None:
-        self._queued, self._since, self._finished = 0, None, True
+        super()._silence()
         self._frozen = None if self._frozen is None else 0

@@ -22,6 +22,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from agent.devices import refresh
+
 NEEDED = ("pulseaudio", "pactl", "parec", "pacat")
 MEND = "apt-get install pulseaudio pulseaudio-utils libasound2-plugins libportaudio2"
 RATE = 48_000  # of the virtual devices, Hz
@@ -77,7 +79,7 @@ class VirtualCard:
         def speak() -> None:
             subprocess.run(
                 ("pacat", "--playback", "--device=mic", f"--rate={rate}", "--channels=1",
-                 "--format=float32le", "--latency-msec=20"),
+                 "--format=float32le", "--latency-msec=300"),
                 env=self._reaching("mic"),
                 input=np.asarray(samples, "<f4").tobytes(),
                 timeout=120,
@@ -194,4 +196,5 @@ def pulse(sound_server: VirtualCard) -> VirtualCard:
     for device in NAMES:
         if device not in sound_server.modules:
             sound_server.plug(device)
+    refresh()  # PortAudio may have looked at another card before
     return sound_server

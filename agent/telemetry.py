@@ -162,7 +162,8 @@ def table(trace: TurnTrace) -> Table:
     times = trace.milliseconds
     total = max(times.values(), default=0.0)
     before = 0.0
-    for name, time in times.items():
+    # As they happened: a reply prepared in the hangover has steps before the endpoint.
+    for name, time in sorted(times.items(), key=lambda mark: mark[1]):
         out.add_row(MARKS[name], f"{time:.0f}", f"{time - before:+.0f}", _bar(before, time, total))
         before = time
     out.caption = _caption(trace)

@@ -168,10 +168,10 @@ def row(run: Run, requests: int) -> dict[str, Any]:
 def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
     """The table."""
     table = Table(box=SIMPLE_HEAD, title="ms, p50 / p95", title_justify="left")
-    table.add_column("speculation")
+    table.add_column("specu-\nlation")
     for step in STEPS:
-        table.add_column(step, justify="right")
-    for name in ("answered", "false endpoints", "refuted", "wasted tokens"):
+        table.add_column(step.replace(" to ", "\nto "), justify="right", no_wrap=True)
+    for name in ("answered", "false\nendpoints", "refuted", "wasted\ntokens"):
         table.add_column(name, justify="right")
     for r in rows:
         times = [f"{r['ms'][s]['p50']:.0f} / {r['ms'][s]['p95']:.0f}" for s in STEPS]

@@ -75,20 +75,17 @@ class SampleTimes:
     def __init__(self, rate: float, jump: float = 0.03, follow: float = 0.05) -> None:
         self._rate, self._jump, self._follow = rate, jump, follow
         self._zero: float | None = None  # time of sample 0, s
+        self._blocks = 0
 
     def see(self, sample: int, time: float) -> None:
         """Sample number ``sample`` passed at ``time`` (seconds of the device's clock)."""
         zero = time - sample / self._rate
         off = 0.0 if self._zero is None else zero - self._zero
         if self._zero is None or abs(off) > self._jump:
-            self._zero = zero
+            self._zero, self._blocks = zero, 1
         else:
-            self._zero += self._follow * off
-
-    @property
-    def known(self) -> bool:
-        """Whether a block was seen."""
-        return self._zero is not None
+            self._blocks += 1
+            self._zero += max(self._follow, 1 / self._blocks) * off  # at first the mean of all
 
     def sample(self, time: float) -> int:
         """The sample that passes at ``time``."""

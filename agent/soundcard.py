@@ -140,8 +140,8 @@ class SoundCard:
         played = early = np.zeros(len(raw), np.float32)
         if self._output is not None:
             start = stream.captured_at(position)
-            played = self._output.played(start, len(raw))
-            early = self._output.played(start + _LEAD, len(raw))
+            lead = round(_LEAD * SAMPLE_RATE)
+            played, early = self._output.played(start, len(raw), lead)
         clean = raw if self._canceller is None else self._canceller.process(raw, early)
         return Block(clean, raw, played)
 

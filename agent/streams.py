@@ -16,6 +16,7 @@ from agent.ring import Ring, Samples, SampleTimes
 from stages import SAMPLE_RATE
 
 _RING_SECONDS = 4.0
+_APART = SAMPLE_RATE // 100
 _LEAST_LATENCY = 0.02  # seconds asked of the sound system: less stutters on a busy machine
 
 
@@ -140,6 +141,7 @@ class OutputStream(DeviceStream):
         self._seen = (0, 0.0)
         self._past = np.zeros(0, np.float32)
         self._first = 0  # place of the first of them, samples at 16 kHz
+        self._next = 0
         super().__init__(device, block_ms)
 
     @property
@@ -158,19 +160,32 @@ class OutputStream(DeviceStream):
         self._ring.write(mono)
         np.frombuffer(data, np.float32).reshape(frames, self.channels)[:] = mono[:, None]
 
-    def played(self, start: float, count: int) -> Samples:
-        """``count`` samples at 16 kHz that left the loudspeaker from ``start`` seconds on."""
+    def played(self, start: float, count: int, lead: int) -> tuple[Samples, Samples]:
+        """``count`` samples at 16 kHz that left the loudspeaker from ``start`` seconds on.
+
+        And as many from ``lead`` samples later on. Calls in a row continue each other seamlessly,
+        for a canceller learns from each sample; only where the clocks have come apart by more than
+        10 ms is there a jump.
+        """
         self._times.see(*self._seen)
         fresh = self._resample(self._ring.take(len(self._ring)))
         self._past = np.concatenate((self._past, fresh))
         surplus = len(self._past) - round(_RING_SECONDS * SAMPLE_RATE)
         if surplus > 0:
             self._past, self._first = self._past[surplus:], self._first + surplus
-        begin = round(self._times.sample(start) * SAMPLE_RATE / self.rate) - self._first
-        out = np.zeros(count, np.float32)
+        begin = round(self._times.sample(start) * SAMPLE_RATE / self.rate)
+        if abs(begin - self._next) > _APART:
+            self._next = begin
+        begin, self._next = self._next, self._next + count
+        return self._piece(begin, count), self._piece(begin + lead, count)
+
+    def _piece(self, begin: int, count: int) -> Samples:
+        """Of what was played, zeros where that is not known."""
+        begin -= self._first
         part = self._past[max(0, begin) : max(0, begin + count)]
-        at = max(0, -begin)
-        out[at : at + len(part)] = part[: max(0, count - at)]
+        out = np.zeros(count, np.float32)
+        at = min(count, max(0, -begin))
+        out[at : at + len(part)] = part[: count - at]
         return out
 
 

@@ -112,7 +112,7 @@ async def test_what_is_played_is_heard_and_known_to_be_played(pulse: VirtualCard
     reply = hum(1.0)
     async with opened() as (card, _):
         with pulse.listening(SAMPLE_RATE) as recorder:
-            await record(recorder, 0.05)
+            await asyncio.gather(record(recorder, 0.5), soon(collect(card, 0.5)))
             card.playback.begin()
             card.playback.play(reply)
             card.playback.finish()

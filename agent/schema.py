@@ -257,7 +257,7 @@ class TurnsConfig(Section):
     detector: Literal["none", "smart-turn"] = Field(
         default="none",
         description="asked in the silence whether the sentence sounded finished; smart-turn needs "
-        "pip install 'spiritlm-agent[turn]'",
+        "pip install --no-deps pipecat-ai==1.14.0",
     )
     barge_in: bool = Field(default=True, description="speech over a reply interrupts it")
     barge_in_ms: int = Field(

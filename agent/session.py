@@ -157,6 +157,8 @@ class Session:
     async def _listen(self, source: AsyncIterable[np.ndarray]) -> None:
         position = 0
         frame = self._config.vad.frame_ms * SAMPLE_RATE // 1000
+        if self._live:
+            self._outbox.append(StateChanged(State.LISTENING.value, "ready", position))
         async for chunk in source:
             self._ears.arrived(position + len(chunk))
             for piece in _pieces(chunk, frame):
@@ -196,7 +198,8 @@ class Session:
             answering = self.state is State.ANSWERING
             await self._do(taking.started(position, now))
             if answering and self.state is State.HEARING:
-                self._ears.overran(position - paused)
+                onset = event.sample + self._config.vad.pre_roll_ms * SAMPLE_RATE // 1000
+                self._ears.overran(max(0, onset - paused))
         elif isinstance(event, SilenceStarted):
             await self._do(taking.silence(now))
         elif isinstance(event, SpeechResumed):

@@ -29,7 +29,13 @@ PACKAGES = {
     "soxr": "sampling rates",
     "numpy": "arrays",
 }
-OPTIONAL = {"matplotlib": "plot", "sounddevice": "mic", "aiomqtt": "mqtt", "faster-whisper": "eval"}
+OPTIONAL = {
+    "matplotlib": "plot",
+    "sounddevice": "mic",
+    "livekit": "aec",
+    "aiomqtt": "mqtt",
+    "faster-whisper": "eval",
+}
 _MENDS = {"torchfcpe": "pip install --no-deps torchfcpe==0.0.4"}
 
 

@@ -93,6 +93,7 @@ class SoundCard:
             await self._close_all()
             raise
         self._watcher = asyncio.create_task(self._watch(), name="watch sound card")
+        self._watcher.add_done_callback(lambda task: self._arrived.set())
         return self
 
     async def __aexit__(self, *exception: object) -> None:
@@ -127,6 +128,8 @@ class SoundCard:
         while not self._closed:
             await self._arrived.wait()
             self._arrived.clear()
+            if self._watcher.done() and not self._closed:
+                self._watcher.result()  # why nobody watches any more
             if self._input is not stream:
                 stream, rest, position = self._input, rest[:0], 0
             if stream is None:
@@ -174,8 +177,8 @@ class SoundCard:
 
     async def _watch(self) -> None:
         """Until cancelled: notice what stalls, and reopen it with growing patience."""
-        waits: dict[Direction, float] = {}
-        due: dict[Direction, float] = {}
+        waits: dict[Direction, float] = {"input": _FIRST_WAIT, "output": _FIRST_WAIT}
+        due: dict[Direction, float] = {"input": 0.0, "output": 0.0}
         while True:
             await asyncio.sleep(_WATCH)
             for direction in ("input", "output"):

@@ -8,6 +8,7 @@ and what was expected.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import pickle
 import zipfile
@@ -73,6 +74,18 @@ class Layout:
     @property
     def expressive(self) -> bool:
         return self.version == "expressive"
+
+
+def package_file(package: str, path: str) -> Path | None:
+    """A data file inside an installed package, which is not imported; ``None`` if not there.
+
+    Args:
+        path: below the package's folder.
+    """
+    spec = importlib.util.find_spec(package)
+    folders = list(spec.submodule_search_locations or []) if spec is not None else []
+    found = (Path(folder) / path for folder in folders)
+    return next((file for file in found if file.is_file()), None)
 
 
 _EXPRESSIVE_VOCODER = "hifigan_spiritlm_expressive_w2v2"

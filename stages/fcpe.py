@@ -8,7 +8,6 @@ would pull in torchaudio. Every name and size is read from the file's own config
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stages.checkpoint import CheckpointError, load_state, load_weights, require
+from stages.checkpoint import CheckpointError, load_state, load_weights, package_file, require
 
 WEIGHTS = "fcpe_c_v001.pt"
 
@@ -36,12 +35,9 @@ def find_weights() -> Path:
     Raises:
         CheckpointError: the package is not installed or has no such file.
     """
-    spec = importlib.util.find_spec("torchfcpe")
-    folders = list(spec.submodule_search_locations or []) if spec is not None else []
-    for folder in folders:
-        path = Path(folder) / "assets" / WEIGHTS
-        if path.is_file():
-            return path
+    found = package_file("torchfcpe", f"assets/{WEIGHTS}")
+    if found is not None:
+        return found
     raise CheckpointError(
         f"{WEIGHTS}: not found. The pitch estimator's weights come with a Python package: "
         "run `pip install --no-deps torchfcpe==0.0.4`"

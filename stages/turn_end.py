@@ -12,7 +12,6 @@ The file comes with the PyPI package ``pipecat-ai`` as data. The package is not 
 
 from __future__ import annotations
 
-import importlib.util
 from functools import cache
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages import SAMPLE_RATE
-from stages.checkpoint import CheckpointError
+from stages.checkpoint import CheckpointError, package_file
 from stages.fcpe import slaney_mel_filters
 from stages.runtime import OnnxGraph
 
@@ -42,12 +41,9 @@ def find_weights() -> Path:
     Raises:
         CheckpointError: the package is not installed or has no such file.
     """
-    spec = importlib.util.find_spec("pipecat")
-    folders = list(spec.submodule_search_locations or []) if spec is not None else []
-    for folder in folders:
-        path = Path(folder) / "audio" / "turn" / "smart_turn" / "data" / WEIGHTS
-        if path.is_file():
-            return path
+    found = package_file("pipecat", f"audio/turn/smart_turn/data/{WEIGHTS}")
+    if found is not None:
+        return found
     raise CheckpointError(
         f"{WEIGHTS}: not found. The turn-end model comes with a Python package: run `{_INSTALL}`, "
         "which installs it alone (the extra, pip install 'spiritlm-agent[turn]', brings all that "

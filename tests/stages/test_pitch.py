@@ -9,7 +9,6 @@ import pytest
 import torch
 import yaml
 
-from stages import fcpe
 from stages.checkpoint import CheckpointError, Layout, load_state
 from stages.fcpe import LogMel, find_weights, load_fcpe, slaney_mel_filters
 from stages.pitch import PitchEncoder, UnvoicedError
@@ -198,7 +197,7 @@ def test_half_precision_is_taken_as_it_is(checkpoint: Layout) -> None:
 
 
 def test_without_the_weights_it_says_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fcpe.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(CheckpointError, match=r"pip install --no-deps torchfcpe==0\.0\.4"):
         find_weights()
 

@@ -89,7 +89,7 @@ def test_only_the_last_eight_seconds_count(detector: TurnEndDetector) -> None:
 
 
 def test_a_missing_package_is_named_with_its_mend(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turn_end.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(CheckpointError, match=r"pip install --no-deps pipecat-ai.*\[turn\]"):
         TurnEndDetector.load()
 

@@ -13,15 +13,9 @@ not simulated: loudspeakers that distort, clocks that drift, a person walking ab
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 import statistics
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from datetime import date
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -32,6 +26,7 @@ from rich.table import Table
 
 from agent.config import load_config
 from agent.echo import EchoCanceller
+from bench.report import about, save
 from recipes.voices import speak
 from stages import SAMPLE_RATE
 from stages.vad import (
@@ -42,7 +37,6 @@ from stages.vad import (
     VoiceActivityDetector,
 )
 
-RESULTS = Path(__file__).with_name("results")
 MS = SAMPLE_RATE // 1000
 ECHO_DB = -6.0
 LEVEL = 0.06  # RMS of the reply, about -24 dBFS
@@ -178,16 +172,9 @@ def main(turns: Annotated[int, typer.Option(help="Of each kind.")] = 100) -> Non
                  *(_cell(value) for value in list(row.values())[2:6]))  # fmt: skip
         table.add_row(*shown)
     Console().print(table)
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{date.today()}-echo.json"
-    record = {
-        "date": str(date.today()),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
-        "command": " ".join(["python -m bench.echo", *sys.argv[1:]]),
-        "turns": turns,
-        "rows": rows,
-    }
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    path = save(
+        "echo", {**about("echo", ("livekit", "webrtcvad-wheels")), "turns": turns, "rows": rows}
+    )
     print(path)
 
 

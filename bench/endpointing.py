@@ -18,18 +18,12 @@ and do not expect their absolute figures in a living room.
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 import random
 import statistics
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,6 +36,7 @@ from rich.table import Table
 from agent.config import load_config
 from agent.endpointing import Endpointing
 from agent.schema import TurnsConfig
+from bench.report import RESULTS, about, save
 from recipes.domain import FUNCTION_WORDS, build
 from recipes.grammar import QUESTION
 from recipes.voices import speak
@@ -57,7 +52,6 @@ from stages.vad import (
     VoiceActivityDetector,
 )
 
-RESULTS = Path(__file__).with_name("results")
 MS = SAMPLE_RATE // 1000
 HANGOVERS_MS = (300, 400, 500, 600, 700, 800, 1000, 1200)
 STARTS_MS = (400, 600, 800)
@@ -389,11 +383,7 @@ def _about(judge: Judge, **settings: Any) -> dict[str, Any]:
     cpu = round(float(np.median(judge.worked_ms)), 1)
     packages = ("numpy", "onnxruntime", "hibari-tts", "pipecat-ai", "webrtcvad-wheels")
     return {
-        "date": date.today().isoformat(),
-        "command": " ".join(["python -m bench.endpointing", *sys.argv[1:]]),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
+        **about("endpointing", packages),
         "settings": settings,
         "smart_turn_ms_per_call": {
             "p50": p50,
@@ -401,7 +391,6 @@ def _about(judge: Judge, **settings: Any) -> dict[str, Any]:
             "cpu_of_calling_thread_p50": cpu,
             "calls": len(judge.took_ms),
         },
-        "load_average": os.getloadavg()[0],
     }
 
 
@@ -443,9 +432,7 @@ def main(
         f"{cost['cpu_of_calling_thread_p50']}), {report['machine']}, "
         f"load {report['load_average']:.1f}"
     )
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{report['date']}-endpointing.json"
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    path = save("endpointing", report, out)
     draw(rows, path.with_suffix(".png"))
     print(f"{path}\n{path.with_suffix('.png')}")
 

@@ -9,17 +9,11 @@ Everything after the endpoint that speculation could have done before it counts.
 from __future__ import annotations
 
 import asyncio
-import json
-import os
-import platform
 import random
-import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,9 +31,9 @@ from agent.playback import Clocked
 from agent.session import Session
 from agent.telemetry import TurnTrace
 from bench.endpointing import SPEAKERS, Recording, sessions
+from bench.report import RESULTS, about, save
 from stages import SAMPLE_RATE
 
-RESULTS = Path(__file__).with_name("results")
 CHUNK = 320  # 20 ms
 STEPS = {
     "end of speech to endpoint": ("end_of_speech", "endpoint"),
@@ -250,18 +244,12 @@ def main(
             runs.append(run)
     show(rows, console)
     report = {
-        "date": date.today().isoformat(),
-        "command": " ".join(["python -m bench.turns", *sys.argv[1:]]),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
-        "versions": {n: version(n) for n in ("torch", "onnxruntime", "numpy")},
-        "load_average": os.getloadavg()[0],
+        **about("turns", ("torch", "onnxruntime", "numpy")),
         "rows": rows,
         "hidden_share": hidden(rows),
     }
     print(f"speculation hides {report['hidden_share']:.0%} of the time after the endpoint (median)")
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{report['date']}-turns.json"
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    path = save("turns", report, out)
     draw(runs, path.with_suffix(".png"))
     print(f"{path}\n{path.with_suffix('.png')}")
 

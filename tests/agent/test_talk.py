@@ -170,6 +170,7 @@ def test_speech_over_the_reply_stops_it_and_is_answered(
     talk.until("state: listening.*the reply was heard", since)
     time.sleep(0.3)
     assert recognizer.hear(talk.heard(begun - 0.5)), "the interruption gets its own answer"
+    talk.until("trace: turn=2")
     first, second = talk.turns()
     assert first["ended"] == "barge-in" and second["ended"] == "complete"
     assert first["reply_seconds"] > 0
@@ -197,7 +198,7 @@ def test_fifty_turns_in_a_row_drop_nothing_and_grow_nowhere(start: Start) -> Non
     for _ in range(TURNS):
         since = talk.mark()
         talk.ask()
-        talk.until("state: listening", since)
+        talk.until("trace: turn=", since)
         memory.append(talk.rss())
     talk.end(signal.SIGTERM)
     turns = talk.turns()

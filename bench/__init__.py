@@ -1,0 +1,1 @@
+"""What is measured: ``python -m bench.turns``, ``bench.endpointing``, ``bench.echo``."""

@@ -82,9 +82,9 @@ class Talk:
         assert found, f"no {pattern!r} within {LONGEST} s in:\n" + "\n".join(self.lines)
         return found[0]
 
-    def ask(self) -> threading.Thread:
-        """Say the question into the microphone."""
-        return self.card.say(self._question, self._rate)
+    def ask(self, seconds: float = LONGEST) -> threading.Thread:
+        """Say the question, or its beginning, into the microphone."""
+        return self.card.say(self._question[: int(seconds * self._rate)], self._rate)
 
     def heard(self, start: float = 0.0) -> np.ndarray:
         """What left the loudspeaker after ``start`` seconds: float32 ``[n]`` at 16 kHz."""
@@ -197,7 +197,7 @@ def test_fifty_turns_in_a_row_drop_nothing_and_grow_nowhere(start: Start) -> Non
     memory = []
     for _ in range(TURNS):
         since = talk.mark()
-        talk.ask()
+        talk.ask(1.0)  # half the question is speech as well
         talk.until("trace: turn=", since)
         memory.append(talk.rss())
     talk.end(signal.SIGTERM)
@@ -208,7 +208,7 @@ def test_fifty_turns_in_a_row_drop_nothing_and_grow_nowhere(start: Start) -> Non
         assert all(channel["dropped"] == 0 for channel in turn["channels"].values())
     assert memory[-1] - memory[TURNS // 5] < 20 * 2**20
     (kept,) = talk.folder.glob("*/recording.flac")
-    assert soundfile.info(kept).duration > TURNS * 2
+    assert soundfile.info(kept).duration > TURNS
 
 
 def numbered(text: str) -> str:

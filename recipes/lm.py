@@ -178,6 +178,14 @@ class Trainer:
         torch.save(state, partial)
         partial.replace(path)
 
+    def begin_with(self, path: Path) -> None:
+        """Take over what another run has learnt; not its optimiser nor its clock."""
+        state = torch.load(path, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        phones = state.get("heads", {}).get("phone.weight")
+        if phones is not None and phones.shape == self.heads.phone.weight.shape:
+            self.heads.load_state_dict(state["heads"])
+
     def resume(self, path: Path) -> None:
         """Go on from a saved state."""
         state = torch.load(path, weights_only=True)
@@ -332,7 +340,7 @@ def train(
     if (folder / "state.pt").is_file():
         trainer.resume(folder / "state.pt")
     elif weights is not None:
-        trainer.model.load_state_dict(torch.load(weights, weights_only=True)["model"])
+        trainer.begin_with(weights)
     log = Log(folder / "log.jsonl", Console(), trainer.tokens)
     log.record({"pid": os.getpid(), "from_step": trainer.step, **asdict(settings)})
     run(trainer, minutes, folder, tokenizer, corpora["heldout"], log)

@@ -5,6 +5,7 @@ from a mix of kinds, until it is full. Every token carries the kind of thing it 
 weight in the loss and the losses in the log follow.
 
     dialog       [Speech]{request}[Text]{transcript} | {reply}[Speech]{reply spoken}</s>
+    interrupted  a dialog whose reply was broken off, its words and sounds as far as they were heard
     dialog_text  the same without the spoken reply: more requests in the same time
     typed        [Text]{transcript} | {reply}[Speech]{reply spoken}</s>
     asr          [Speech]{anything}[Text]{transcript} |
@@ -49,6 +50,7 @@ DEFAULT_MIX = {
     "chat": 0.14,
     "dialog": 0.18,
     "asr": 0.10,
+    "interrupted": 0.05,
     "dialog_text": 0.09,
     "tts": 0.06,
     "typed": 0.03,
@@ -158,6 +160,32 @@ class Streams:
     def _dialog(self, rng: np.random.Generator) -> list[Part]:
         request = _pick(rng, self.corpus.requests)
         return [*self._heard(rng, request), *self._answer(rng, request, spoken=True)]
+
+    def _interrupted(self, rng: np.random.Generator) -> list[Part]:
+        """What the agent makes of a reply that was interrupted: no end of it is to be learnt."""
+        request, v = _pick(rng, self.corpus.requests), self.vocabulary
+        text, _ = _pick(rng, self.corpus.answers[request.text])
+        spoken = [
+            r for r in self.corpus.replies.get(text, ()) if r.voice == REPLY_VOICE and r.words
+        ]
+        if not spoken:
+            return self._dialog_text(rng)
+        recording = _pick(rng, spoken)
+        words, count = text.split(), len(recording.words)
+        heard = int(rng.integers(count + 1))
+        _, last = self._between(recording, 0, heard)
+        last = int(np.clip(last + rng.integers(-3, 4), 0, len(recording.ids)))
+        kept = " ".join(words[: round(heard / count * len(words))])
+        plan = (
+            self._text_turn(request.transcript, kept)
+            if kept
+            else self._written(v.text(request.transcript))
+        )
+        sound = delayed(self._hinter(recording))[:last]
+        return [
+            *self._heard(rng, request), *plan, Part(_ids(v.speech_tag), MASKED),
+            Part(recording.ids[:last], REPLY_UNITS, sound), self._masked_end,
+        ]  # fmt: skip
 
     def _dialog_text(self, rng: np.random.Generator) -> list[Part]:
         request = _pick(rng, self.corpus.requests)

@@ -221,6 +221,22 @@ def test_a_dialog_has_a_right_reply_in_the_reply_voice_and_style(
     assert spoken in wanted
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_an_interrupted_reply_is_a_beginning_of_words_and_sounds(
+    streams: lm_data.Streams, seed: int
+) -> None:
+    parts = turn(streams, "interrupted", seed)
+    assert text_of(parts, TRANSCRIPT).endswith("|")
+    words, sounds = text_of(parts, REPLY_TEXT).strip(), text_of(parts, REPLY_UNITS)
+    decode = streams.vocabulary.processor.DecodeIds
+    assert any(
+        reply.startswith(words) and decode(recording.ids.tolist()).startswith(sounds)
+        for reply, recordings in streams.corpus.replies.items()
+        for recording in recordings
+    )
+    assert parts[-1] == ("</s>", MASKED) or parts[-1][1] == MASKED
+
+
 def test_no_end_is_learnt_after_a_reply_that_is_not_spoken(streams: lm_data.Streams) -> None:
     end = streams._dialog_text(np.random.default_rng(0))[-1]
     assert end.ids.tolist() == [2] and end.kind == MASKED

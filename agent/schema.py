@@ -318,6 +318,40 @@ class SoundConfig(Section):
     )
 
 
+class MqttConfig(Section):
+    """Serving devices over MQTT (docs/mqtt.md)."""
+
+    base: str = Field(
+        default="spirit",
+        pattern=r"^[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*$",
+        max_length=128,
+        description="what all topics begin with",
+    )
+    credentials: str | None = Field(
+        default=None,
+        description="file with one line, user:password; null takes SPIRIT_MQTT_USER and "
+        "SPIRIT_MQTT_PASSWORD from the environment",
+    )
+    max_sessions: int = Field(
+        default=4, ge=1, le=1000, description="devices served at once; others are told busy"
+    )
+    idle_seconds: float = Field(
+        default=120.0, gt=0, description="a device silent for so long gives up its place, s"
+    )
+    max_packet_bytes: int = Field(
+        default=16_384, ge=64, le=1_048_576, description="longer payloads are refused, bytes"
+    )
+    max_text: int = Field(
+        default=400, ge=1, le=4000, description="longer typed requests are refused, characters"
+    )
+    jitter_ms: int = Field(
+        default=200, ge=0, le=2000, description="audio held back at most for a late packet, ms"
+    )
+    lead_ms: int = Field(
+        default=400, ge=40, le=10_000, description="reply sent ahead of the playhead at most, ms"
+    )
+
+
 class ThreadsConfig(Section):
     """CPU threads inside a computation; 0 leaves it to the library."""
 
@@ -355,3 +389,4 @@ class Config(Section):
     turns: TurnsConfig = Field(default=TurnsConfig(), description="who speaks when")
     sound: SoundConfig = Field(default=SoundConfig(), description="the sound card")
     audio: AudioConfig = Field(default=AudioConfig(), description="audio from outside")
+    mqtt: MqttConfig = Field(default=MqttConfig(), description="serving devices over MQTT")

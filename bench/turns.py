@@ -40,6 +40,7 @@ STEPS = {
     "endpoint to first sample": ("endpoint", "first_sample"),
     "end of speech to first sample": ("end_of_speech", "first_sample"),
 }
+HEADS = dict(zip(STEPS, ("to the\nendpoint", "then to\na sound", "both"), strict=True))
 
 
 @dataclass
@@ -131,8 +132,9 @@ async def converse(
             run.counts[name] = run.counts.get(name, 0) + trace.counts.get(name, 0)
     run.dropped += sum(int(c["dropped"]) for t in traces[-1:] for c in t.channels.values())
     for end, before in zip(speaker.ends, [0, *speaker.ends], strict=False):
-        mine = [t for t in traces if before < t.speech[1] <= end + SAMPLE_RATE // 2]
-        late = [t for t in mine if t.speech[1] > end - SAMPLE_RATE // 4]
+        about = SAMPLE_RATE // 4  # the VAD and the synthesiser differ on where speech ends
+        mine = [t for t in traces if before + about < t.speech[1] <= end + about]
+        late = [t for t in mine if t.speech[1] > end - about]
         run.false_endpoints += len(mine) - len(late)
         run.lost += not late
         run.traces += late[-1:]
@@ -162,16 +164,16 @@ def row(run: Run, requests: int) -> dict[str, Any]:
 def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
     """The table."""
     table = Table(box=SIMPLE_HEAD, title="ms, p50 / p95", title_justify="left")
-    table.add_column("specu-\nlation")
+    table.add_column("spec.", no_wrap=True)
     for step in STEPS:
-        table.add_column(step.replace(" to ", "\nto "), justify="right", no_wrap=True)
-    for name in ("answered", "false\nendpoints", "refuted", "wasted\ntokens"):
-        table.add_column(name, justify="right")
+        table.add_column(HEADS[step], justify="right", no_wrap=True)
+    for name in ("answered", "false\nends", "refuted", "wasted\ntokens"):
+        table.add_column(name, justify="right", no_wrap=True)
     for r in rows:
         times = [f"{r['ms'][s]['p50']:.0f} / {r['ms'][s]['p95']:.0f}" for s in STEPS]
         table.add_row(
-            r["name"], *times, f"{r['answered']} of {r['requests']}", str(r["false_endpoints"]),
-            f"{r['refuted']} of {r['speculations']}", str(r["wasted_tokens"]),
+            r["name"], *times, f"{r['answered']}/{r['requests']}", str(r["false_endpoints"]),
+            f"{r['refuted']}/{r['speculations']}", str(r["wasted_tokens"]),
         )  # fmt: skip
     console.print(table)
 

@@ -36,8 +36,8 @@ ORIGIN = """\
 - **Pitch and style** (`vqvae_f0_quantizer`, `style_encoder_w2v2`): F0 by FCPE (MIT) with a small
   VQ-VAE; a small style classifier. Styles in use: {styles}.
 - **Language model** (`spirit-lm-nano`) and **voice** (`hifigan_spiritlm_expressive_w2v2`):
-  trained on the corpus below alone, in runs that went on from each other. The one voice that was trained is speaker 0, hibari's
-  "heart".
+  trained on the corpus below alone, in runs that went on from each other. The one voice that was
+  trained is speaker 0, hibari's "heart".
 """
 LIMITS = """\
 ## What it cannot do

@@ -5,8 +5,8 @@ known tokens, :meth:`~LanguageModel.decode` samples a new one, :meth:`~LanguageM
 back to an earlier length for nothing: the cache is a fixed buffer indexed by position, so cutting
 it moves one integer (DESIGN.md section 5).
 
-The network is Llama as published (Touvron et al., 2023: pre-norm RMS norm, rotary positions,
-grouped-query attention, SwiGLU), every dimension taken from ``config.json``.
+What is here counts tokens and chooses them; the network itself runs in an *engine*, which sees ids
+and positions only: :mod:`stages.lm_cpu` for float32 on a CPU, :mod:`stages.lm_torch` for all else.
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from stages.checkpoint import Layout
 from stages.llama_weights import LlamaConfig, Weights, load_llama
+from stages.lm_cpu import CpuEngine
+from stages.lm_torch import TorchEngine
+from stages.lm_torch import rotate as rotate  # for those who build the same network
 
 _DEFAULT_CAPACITY = 4096
 _SEED_STRIDE = 1_000_003  # prime: the draws of neighbouring seeds do not walk over each other
@@ -88,9 +91,7 @@ class LanguageModel:
         self.capacity = capacity
         self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
         self._weights = weights
-        self._cos, self._sin = _rotary_tables(config, capacity, self.device, self.dtype)
-        shape = (config.layers, 2, 1, config.kv_heads, capacity, config.head_dim)
-        self._cache = torch.zeros(shape, device=self.device, dtype=self.dtype)
+        self._engine = _engine(config, weights, capacity)
         self._generator = torch.Generator(self.device)
         self._ids: list[int] = []
         self._fed = 0  # tokens whose keys and values are in the cache
@@ -196,21 +197,19 @@ class LanguageModel:
         """Forget everything but the weights."""
         self.rewind(0)
 
-    @torch.inference_mode()
     def hidden_states(self, ids: Sequence[int]) -> Tensor:
         """Hidden states after the final norm, ``[len(ids), hidden]``, of ``ids`` taken alone.
 
         For analysis; it uses a stream of its own and leaves this one as it is.
         """
-        other = LanguageModel(self.config, self._weights, self.capacity)
-        other._ids = [int(i) for i in ids]
-        other._reserve(0)
-        return other._forward(0, len(other._ids))
+        if len(ids) > self.capacity:
+            raise CacheFullError(f"{len(ids)} tokens: the model was loaded for {self.capacity}")
+        return TorchEngine(self.config, self._weights, len(ids)).hidden(ids, 0)
 
     @torch.inference_mode()
     def project(self, hidden: Tensor) -> Tensor:
         """Logits, float32 ``[..., vocab_size]``, of hidden states after the final norm."""
-        return (hidden @ self._weights.head).float()
+        return self._weights.head(hidden).float()
 
     def _reserve(self, count: int) -> None:
         if self.length + count > self.capacity:
@@ -234,64 +233,26 @@ class LanguageModel:
             return None
         return self._generator.manual_seed((seed * _SEED_STRIDE + self.length) % 2**63)
 
-    @torch.inference_mode()
     def _feed(self, start: int) -> None:
-        hidden = self._forward(start, self.length)
-        self._logits = (hidden[-1:] @ self._weights.head)[0].float()
+        self._logits = self._engine.feed(self._ids[start:], start)
         self._logits_length = self._fed = self.length
 
-    def _forward(self, start: int, stop: int) -> Tensor:
-        """Run tokens ``start..stop`` over the cache of those before; hidden states ``[T, D]``."""
-        w, config = self._weights, self.config
-        ids = torch.tensor(self._ids[start:stop], device=self.device)
-        x = F.embedding(ids, w.embedding)
-        size, eps = (config.hidden,), config.rms_norm_eps
-        rotary = self._cos[start:stop], self._sin[start:stop]
-        mask = _causal_mask(start, stop, self.device)
-        for layer, cache in zip(w.layers, self._cache, strict=True):
-            h = F.rms_norm(x, size, layer.attention_norm, eps)
-            qkv = _project(h, layer.qkv, layer.qkv_bias)
-            attended = self._attend(qkv, cache, start, stop, rotary, mask)
-            x = x + _project(attended, layer.out, layer.out_bias)
-            h = F.rms_norm(x, size, layer.mlp_norm, eps)
-            gate, up = _project(h, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
-            x = x + _project(F.silu(gate) * up, layer.down, layer.down_bias)
-        return F.rms_norm(x, size, w.norm, eps)
 
-    def _attend(
-        self,
-        qkv: Tensor,
-        cache: Tensor,
-        start: int,
-        stop: int,
-        rotary: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-    ) -> Tensor:
-        """Self-attention of ``qkv`` ``[T, (H + 2 KV) * head_dim]``; writes keys and values."""
-        heads, kv = self.config.heads, self.config.kv_heads
-        by_head = qkv.view(stop - start, heads + 2 * kv, self.config.head_dim)
-        rotated = rotate(by_head[:, : heads + kv], *rotary).transpose(0, 1)
-        cache[0, 0, :, start:stop] = rotated[heads:]
-        cache[1, 0, :, start:stop] = by_head[:, heads + kv :].transpose(0, 1)
-        out = F.scaled_dot_product_attention(
-            rotated[None, :heads],
-            cache[0, :, :, :stop],
-            cache[1, :, :, :stop],
-            attn_mask=mask,
-            enable_gqa=kv != heads,
-        )
-        return out[0].transpose(0, 1).reshape(stop - start, -1)
+class Engine(Protocol):
+    """The network with its key-value cache, fixed in size and indexed by position."""
+
+    def feed(self, ids: Sequence[int], start: int) -> Tensor:
+        """Run ``ids`` after the first ``start`` tokens, over whatever stood there; the logits after
+        the last of them, float32 ``[vocab_size]``, which no later call changes."""
+        ...
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions (Su et al., 2021) in Llama's half-split layout.
-
-    Args:
-        x: ``[T, heads, head_dim]``.
-        cos, sin: ``[T, 1, head_dim]``; the sign of the rotation is already in ``sin``.
-    """
-    half = x.shape[-1] // 2
-    return torch.addcmul(x * cos, torch.cat((x[..., half:], x[..., :half]), dim=-1), sin)
+def _engine(config: LlamaConfig, weights: Weights, capacity: int) -> Engine:
+    """The fastest engine for where the weights are. One for CUDA (graphs) would be chosen here."""
+    embedding = weights.embedding
+    if embedding.device.type == "cpu" and embedding.dtype == torch.float32:
+        return CpuEngine(config, weights, capacity)
+    return TorchEngine(config, weights, capacity)
 
 
 def warp(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -336,30 +297,3 @@ def choose(
         return best
     probabilities = warp(logits, sampling).softmax(-1)
     return int(torch.multinomial(probabilities, 1, generator=generator))
-
-
-def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x`` ``[T, in]`` times ``weight`` ``[in, out]``."""
-    return x @ weight if bias is None else torch.addmm(bias, x, weight)
-
-
-def _rotary_tables(
-    config: LlamaConfig, length: int, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines ``[length, 1, head_dim]``, computed in float32."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
-    frequencies = 1.0 / config.rope_theta**exponents
-    angles = torch.outer(torch.arange(length).float() / config.rope_factor, frequencies)
-    cos, sin = angles.cos(), angles.sin()
-    return (
-        torch.cat((cos, cos), dim=-1)[:, None].to(device, dtype),
-        torch.cat((-sin, sin), dim=-1)[:, None].to(device, dtype),
-    )
-
-
-def _causal_mask(start: int, stop: int, device: torch.device) -> Tensor | None:
-    """``[T, stop]``, True where token ``start + i`` may look; ``None`` for a single token."""
-    if stop - start == 1:
-        return None
-    positions = torch.arange(stop, device=device)
-    return positions[None] <= positions[start:, None]

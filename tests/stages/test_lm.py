@@ -18,6 +18,7 @@ from transformers.generation import (
 
 from stages.checkpoint import CheckpointError
 from stages.lm import CacheFullError, LanguageModel, Sampling, choose, warp
+from stages.lm_linear import Dense, Half
 
 VOCAB = 97
 GREEDY = Sampling(greedy=True)
@@ -90,14 +91,22 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     ],
     ids=["gqa", "tied", "mha", "mqa-wide-heads", "biases", "rope-linear"],
 )
-def test_logits_equal_transformers_at_every_step(changes: dict, tmp_path: Path) -> None:
+@pytest.mark.parametrize("published", [True, False], ids=["bfloat16", "float32"])
+def test_logits_equal_transformers_at_every_step(
+    changes: dict, published: bool, tmp_path: Path
+) -> None:
+    """``published``: with values of bfloat16, which a CPU holds in 16 bits."""
     model = make_reference(**changes)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_()
+            if published:
+                parameter.copy_(parameter.bfloat16())
     model.save_pretrained(tmp_path)
     lm = LanguageModel.load(tmp_path)
+    assert published or isinstance(lm._weights.head, Dense)
+    assert not published or isinstance(lm._weights.head, kind_of_published())
     ids = random_ids(40)
     expected = reference_logits(model, ids)
     for i, token in enumerate(ids):
@@ -106,6 +115,11 @@ def test_logits_equal_transformers_at_every_step(changes: dict, tmp_path: Path) 
     lm.reset()
     lm.append(ids)
     close(lm.logits, expected[-1])
+
+
+def kind_of_published() -> type:
+    """16 bits, unless this build of torch cannot."""
+    return Half if hasattr(torch, "fbgemm_pack_gemm_matrix_fp16") else Dense
 
 
 def test_greedy_continuation_equals_generate(reference: LlamaForCausalLM, folder: Path) -> None:

@@ -8,7 +8,7 @@ own size and no more.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,9 +135,13 @@ class _Buffers:
 
 
 def load_llama(
-    folder: Path, device: torch.device, dtype: torch.dtype
+    folder: Path, device: torch.device, dtype: torch.dtype, halve: bool = True
 ) -> tuple[LlamaConfig, Weights]:
     """Read configuration and weights of the model in ``folder``.
+
+    Args:
+        halve: hold float32 matrices in 16 bits where that changes nothing
+            (:func:`stages.lm_linear.halved`).
 
     Raises:
         CheckpointError: naming the file and the key that is missing, unexpected or of the wrong
@@ -166,7 +170,7 @@ def load_llama(
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(f"{source}: key {missing[0]!r}{more} missing from the checkpoint")
     targets.clear()
-    return config, _finished(buffers)
+    return config, _finished(buffers, halved if halve else lambda matrix: matrix)
 
 
 def _rope(raw: Mapping[str, Any], path: Path) -> tuple[float, float]:
@@ -241,22 +245,22 @@ def _targets(config: LlamaConfig, buffers: _Buffers) -> dict[str, Tensor]:
     return targets
 
 
-def _finished(buffers: _Buffers) -> Weights:
-    """The filled buffers, each matrix in the form in which it is fastest."""
+def _finished(buffers: _Buffers, held: Callable[[Dense], Linear]) -> Weights:
+    """The filled buffers, each matrix in the form that ``held`` gives it."""
     layers = []
     while buffers.layers:  # taken one by one, so that only one layer is held in both forms
         layer = buffers.layers.pop(0)
         layers.append(
             Layer(
                 layer.attention_norm,
-                halved(layer.qkv),
-                halved(layer.out),
+                held(layer.qkv),
+                held(layer.out),
                 layer.mlp_norm,
-                halved(layer.gate_up),
-                halved(layer.down),
+                held(layer.gate_up),
+                held(layer.down),
             )
         )
-    return Weights(buffers.embedding, layers, buffers.norm, halved(buffers.head))
+    return Weights(buffers.embedding, layers, buffers.norm, held(buffers.head))
 
 
 def _find_weights(folder: Path) -> tuple[Path, list[Path]]:

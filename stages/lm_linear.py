@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-# The largest error, relative to the largest weight, at which 16 bits "hold" a matrix. A sum of
-# some hundred float32 products is not more exact than this.
-_HELD = 2.0**-22
+# The largest error, relative to the norm of the matrix, at which 16 bits "hold" it: that of
+# rounding to float32. float16 has all bits of a bfloat16 number but for those next to zero.
+_HELD = 2.0**-24
 
 
 class Linear(Protocol):
@@ -76,5 +76,5 @@ def halved(matrix: Dense) -> Half | Dense:
 
 
 def _held(weight: Tensor) -> bool:
-    error = (weight.half().float() - weight).abs().max()
-    return bool(error <= _HELD * weight.abs().max())
+    error = (weight.half().float() - weight).norm()
+    return bool(error <= _HELD * weight.norm())

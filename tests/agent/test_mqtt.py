@@ -203,6 +203,21 @@ def robots(broker: Mosquitto, service: Service) -> Iterator[Callable[[str], Robo
         robot.leave()
 
 
+@pytest.fixture
+def serving() -> Iterator[Callable[..., Service]]:
+    """Starts services of a test's own; none outlives it."""
+    made: list[Service] = []
+
+    def start(broker: Mosquitto, *settings: str, **environment: str) -> Service:
+        made.append(Service(broker, *settings, **environment))
+        return made[-1]
+
+    yield start
+    for each in made:
+        each.process.kill()
+        each.process.wait()
+
+
 @pytest.fixture(scope="module")
 def question() -> np.ndarray:
     wave, _ = soundfile.read(REPOSITORY / "examples" / "question.wav", dtype="float32")
@@ -314,8 +329,8 @@ def test_a_broker_that_dies_and_returns_ends_no_conversation(
     assert "twelve months" in robot.words(1)
 
 
-def test_sigterm_says_offline(broker: Mosquitto, robots: Callable[[str], Robot]) -> None:
-    ours = Service(broker, "mqtt.base=fleet")
+def test_sigterm_says_offline(broker: Mosquitto, serving: Callable[..., Service]) -> None:
+    ours = serving(broker, "mqtt.base=fleet")
     robot = Robot(broker, "last")
     robot.subscribe("fleet/last/#")
     robot.publish_at("fleet/last/text/in", "what is two plus three")
@@ -326,8 +341,10 @@ def test_sigterm_says_offline(broker: Mosquitto, robots: Callable[[str], Robot])
     assert ours.lines[-1] == "offline\n"
 
 
-def test_a_service_that_is_killed_is_announced_by_the_broker(broker: Mosquitto) -> None:
-    ours = Service(broker, "mqtt.base=fleet")
+def test_a_service_that_is_killed_is_announced_by_the_broker(
+    broker: Mosquitto, serving: Callable[..., Service]
+) -> None:
+    ours = serving(broker, "mqtt.base=fleet")
     robot = Robot(broker, "widow")
     robot.subscribe("fleet/widow/#")
     robot.publish_at("fleet/widow/text/in", "what is two plus three")
@@ -368,7 +385,7 @@ def test_the_robot_without_python_gets_its_reply(broker: Mosquitto, service: Ser
 
 
 def test_under_the_documented_acl_a_device_reads_and_commands_only_its_own(
-    tmp_path: Path,
+    tmp_path: Path, serving: Callable[..., Service]
 ) -> None:
     """Two users on a broker set up as docs/mqtt.md says."""
     rules = re.findall(r"```\n# acl.*?\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
@@ -381,7 +398,7 @@ def test_under_the_documented_acl_a_device_reads_and_commands_only_its_own(
     lines = f"allow_anonymous false\npassword_file {tmp_path}/passwords\nacl_file {tmp_path}/acl"
     with running(tmp_path, lines) as broker:
         secret = {"SPIRIT_MQTT_USER": "agent", "SPIRIT_MQTT_PASSWORD": users["agent"]}
-        ours = Service(broker, **secret)
+        ours = serving(broker, **secret)
         one, two = Robot(broker, "one", "one", "first"), Robot(broker, "two", "two", "second")
         two.subscribe("spirit/one/#")
         two.subscribe("spirit/#")
@@ -400,9 +417,11 @@ def test_under_the_documented_acl_a_device_reads_and_commands_only_its_own(
         assert "a-secret" not in "".join(ours.lines)
 
 
-def test_a_refused_password_is_said_in_one_sentence(tmp_path: Path) -> None:
+def test_a_refused_password_is_said_in_one_sentence(
+    tmp_path: Path, serving: Callable[..., Service]
+) -> None:
     with running(tmp_path, "allow_anonymous false") as broker:
-        ours = Service(broker, SPIRIT_MQTT_USER="agent", SPIRIT_MQTT_PASSWORD="wrong-secret")
+        ours = serving(broker, SPIRIT_MQTT_USER="agent", SPIRIT_MQTT_PASSWORD="wrong-secret")
         assert ours.wait() == 2
         assert "refuses us" in ours.lines[-1]
         assert "wrong-secret" not in "".join(ours.lines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from agent.streams import InputStream, OutputStream
 from stages import SAMPLE_RATE
 
 _FIRST_WAIT, _LAST_WAIT = 0.25, 5.0  # seconds before a lost device is tried again
+_PATIENCE = 5.0  # seconds for a driver to close a stream
 _WATCH = 0.1  # seconds between looks at the streams
 # The canceller gets what is played a little early: no echo may come before its cause, even where a
 # sound system is wrong about its latency.
@@ -65,6 +67,9 @@ class SoundCard:
 
     ``tell`` is called on the event loop when a device goes away or comes back.
 
+    Attributes:
+        stuck: a driver did not come back from closing a stream.
+
     Raises:
         UserError: on entering: PortAudio is missing, there is no such device, it cannot be opened,
             or the canceller asked for is not installed.
@@ -82,6 +87,7 @@ class SoundCard:
         self._closed = False
         self._reopened = 0
         self._past_overruns = self._past_stumbles = 0
+        self.stuck = False
 
     async def __aenter__(self) -> SoundCard:
         self._loop = asyncio.get_running_loop()
@@ -206,7 +212,7 @@ class SoundCard:
             self.playback.detach()
         message = f"the {WORDS[direction]} {stream.device.name!r} is lost ({why}); trying again"
         self._tell(DeviceChanged(direction, False, message))
-        await asyncio.to_thread(stream.close)
+        self.stuck |= not await _in_time(stream.close)
 
     async def _regain(self, direction: Direction) -> bool:
         """Try to open a lost device; whether that worked."""
@@ -249,7 +255,23 @@ class SoundCard:
         self._input = self._output = None
         self.playback.detach()
         for stream in streams:
-            await asyncio.to_thread(stream.close)
+            self.stuck |= not await _in_time(stream.close)
+
+
+async def _in_time(work: Callable[[], None]) -> bool:
+    """Do ``work`` in a thread; whether it was done soon. A driver may never come back from closing
+    a stream: its thread is left behind then, and nobody waits for it."""
+    loop, done = asyncio.get_running_loop(), asyncio.Event()
+
+    def run() -> None:
+        work()
+        with contextlib.suppress(RuntimeError):  # the event loop has ended
+            loop.call_soon_threadsafe(done.set)
+
+    threading.Thread(target=run, name="spirit-close", daemon=True).start()
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(done.wait(), _PATIENCE)
+    return done.is_set()
 
 
 def _renew(stream: InputStream | OutputStream | None) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
+import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
@@ -86,7 +88,13 @@ def _talk(settings: Config, name: str, save: Path | None, plain: bool) -> None:
         stack.enter_context(view)
         if recorder is not None:
             stack.enter_context(recorder)  # closed while the view can still tell
-        asyncio.run(_converse(models, card, told, view, recorder))
+        try:
+            asyncio.run(_converse(models, card, told, view, recorder))
+        finally:
+            if card.stuck:  # the sound system would be waited for at the end of the program as well
+                stack.close()
+                sys.stdout.flush()
+                os._exit(0)
 
 
 async def _converse(

@@ -40,7 +40,7 @@ class Talk:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"},
         )
         self.lines: list[str] = []
         self.wave = bytearray()
@@ -108,7 +108,12 @@ class Talk:
     def end(self, how: signal.Signals = signal.SIGINT) -> None:
         """End it as a user would."""
         self.process.send_signal(how)
-        self.process.wait(LONGEST)
+        try:
+            self.process.wait(LONGEST)
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGABRT)  # makes it say where it is
+            self.process.wait(LONGEST)
+            pytest.fail("it did not end:\n" + "\n".join(self.lines[-200:]))
         self._listening.__exit__(None, None, None)
 
 

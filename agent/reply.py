@@ -246,7 +246,7 @@ class Dialogue:
         units: list[Unit] = []
         text = _Watched(self._config.stop_text)
         text_left = self._config.max_text_tokens
-        while lm.length < lm.capacity and not _loops(units):
+        while lm.length < lm.capacity and not loops(units):
             i = lm.decode(self._speech_sampling, self._masks[modality])
             if i == self._tokenizer.eos:
                 return
@@ -376,7 +376,7 @@ class _Splitter:
             yield SaidText(self._text)
 
 
-def _loops(units: Sequence[Unit]) -> bool:
+def loops(units: Sequence[Unit]) -> bool:
     """Whether the last units are one short stretch, over and over."""
     if len(units) < _LOOPED_UNITS:
         return False

@@ -15,6 +15,7 @@ from agent.attempt import Attempt
 from agent.errors import UserError
 from agent.events import Event, ReplyAudio, ReplyText, TurnEnded
 from agent.models import Models
+from agent.reply import loops
 from agent.telemetry import TurnTrace
 from stages import SAMPLE_RATE
 from stages.lm import LanguageModel
@@ -22,8 +23,6 @@ from stages.prompt import SPEECH_TAG, TEXT_TAG, Modality
 from stages.text import IncrementalDecoder
 from stages.units import Unit
 from stages.vocoder_stream import AudioChunk
-
-_LOOPED, _LONGEST_PERIOD = 48, 16  # units: about two seconds of the same short stretch
 
 
 def beside(models: Models) -> Models:
@@ -115,7 +114,7 @@ class TypedReplies:
         units: list[Unit] = []
         vocoder.reset()
         attempt.ended = "complete"
-        while lm.length < lm.capacity and attempt.enough is None and not _loops(units):
+        while lm.length < lm.capacity and attempt.enough is None and not loops(units):
             i = lm.decode(self._speech, self._speech_mask)
             if i == tokenizer.eos:
                 break
@@ -153,9 +152,3 @@ def _plain(text: str) -> str:
 
 
 _BRACKETS = str.maketrans("[]|", "() ")
-
-
-def _loops(units: list[Unit]) -> bool:
-    tail = units[-_LOOPED:]
-    periods = range(1, _LONGEST_PERIOD + 1)
-    return len(tail) == _LOOPED and any(tail[p:] == tail[:-p] for p in periods)

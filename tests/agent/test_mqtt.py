@@ -144,11 +144,11 @@ class Robot:
                 self.sound.setdefault(turn, []).append(pcm)
                 self.flags.append(flags)
                 said: Any = {"turn": turn, "samples": len(pcm)}
-            elif name in ("audio/in", "text/in", "command", "played"):
-                continue
-            else:
+            elif name in ("state", "event", "metrics", "text/out"):
                 said = json.loads(payload)
                 self.log.append((name, said))
+            else:
+                continue  # what devices themselves publish
             if wanted(name, said):
                 return said
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -32,6 +33,7 @@ class Attempt:
         marks: when what happened, for the trace if this reply is the one.
         enough: units after which the reply is long enough; ``None`` if it ends by itself.
         ended: why the reply ended.
+        action: what it does besides speaking.
         samples: handed to the playback so far.
         finished: all of it has been handed over.
         spans: the ledger: which unit was handed to the playback for which samples.
@@ -47,6 +49,7 @@ class Attempt:
     samples: int = 0
     finished: bool = False
     decode_seconds: float = 0.0
+    action: dict[str, Any] | None = None
     spans: list[UnitSpan] = field(default_factory=list)
     words: SpokenWords = field(default_factory=SpokenWords)
     _quiet: int = 0
@@ -89,6 +92,7 @@ class Attempt:
         """Write what became of the reply into its turn's trace."""
         trace.marks.update(self.marks)
         trace.said = self.words.text
+        trace.action = self.action
         trace.reply_samples = self.samples
         trace.decode_seconds = self.decode_seconds
 

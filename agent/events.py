@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +26,22 @@ class Heard:
 
     turn: int
     text: str
+
+
+@dataclass(frozen=True)
+class ActionChosen:
+    """What the reply does besides speaking, as the schema of ``reply.actions`` describes it.
+
+    Told before the first word, once the reply is certain: not while it is prepared on suspicion.
+    """
+
+    turn: int
+    action: dict[str, Any]
+
+    @property
+    def text(self) -> str:
+        """The action as JSON, for people to read."""
+        return json.dumps(self.action, ensure_ascii=False)
 
 
 @dataclass(frozen=True)
@@ -119,6 +137,7 @@ Event = (
     TurnStarted
     | Heard
     | RequestUnits
+    | ActionChosen
     | ReplyText
     | ReplyAudio
     | Spoken

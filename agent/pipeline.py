@@ -18,9 +18,17 @@ from typing import Any
 from agent.attempt import Attempt, News, Opened, Order, Over, Ready, Said, Sound, Wanted
 from agent.channels import Channel, Policy, Turns
 from agent.config import Config
-from agent.events import Event, Heard, ReplyAudio, ReplyText, RequestUnits, TurnEnded
+from agent.events import (
+    ActionChosen,
+    Event,
+    Heard,
+    ReplyAudio,
+    ReplyText,
+    RequestUnits,
+    TurnEnded,
+)
 from agent.models import Models
-from agent.reply import Dialogue, HeardText, SaidText, SaidUnit, Steps
+from agent.reply import Action, Dialogue, HeardText, SaidText, SaidUnit, Steps
 from agent.telemetry import TurnTrace
 from agent.workers import Worker
 from stages import SAMPLE_RATE
@@ -147,6 +155,9 @@ class Pipeline:
             if isinstance(piece, HeardText):
                 trace.heard = piece.text
                 await self._make_ready(attempt, Heard(trace.turn, piece.text))
+            elif isinstance(piece, Action):
+                attempt.action = piece.value
+                await self._make_ready(attempt, ActionChosen(trace.turn, piece.value))
             elif isinstance(piece, SaidText):
                 attempt.words.plan(piece.text)
                 await self._make_ready(attempt, ReplyText(trace.turn, piece.text))

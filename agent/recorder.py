@@ -34,6 +34,7 @@ import soundfile
 
 from agent.errors import UserError
 from agent.events import (
+    ActionChosen,
     DeviceChanged,
     Event,
     Heard,
@@ -282,6 +283,7 @@ class _Turn:
 
     started: int = 0
     heard: str = ""
+    does: str = ""
     planned: str = ""
     spoken: str = ""
     opened: bool = False
@@ -293,7 +295,8 @@ class _Turn:
             return ""
         self.opened = True
         heard = _escaped(self.heard).strip() or "(no words)"
-        return f"\n**{_time(self.started)} heard** {heard}\n\n**{_time(position)} says** "
+        does = f"\n\n**{_time(position)} does** {_escaped(self.does)}" if self.does else ""
+        return f"\n**{_time(self.started)} heard** {heard}{does}\n\n**{_time(position)} says** "
 
 
 class _Words:
@@ -315,9 +318,13 @@ class _Words:
         if isinstance(event, TurnStarted):
             turn.started = event.sample
         elif isinstance(event, RequestUnits):
-            turn.heard = turn.planned = ""  # the speaker went on: the reply was taken back
+            turn.heard = turn.planned = turn.does = (
+                ""  # they went on: the reply was taken back
+            )
         elif isinstance(event, Heard):
             turn.heard, turn.planned = event.text, ""
+        elif isinstance(event, ActionChosen):
+            turn.does = event.text
         elif isinstance(event, ReplyText):
             turn.planned += event.text
         elif isinstance(event, Spoken):

@@ -6,6 +6,9 @@ The stream begins as every prompt does; turns follow each other in one cache::
 
 That is ``text-then-speech``, for models trained on it: the words are planned, then spoken. A model
 that only continues gets ``speech`` (units right after the request's) or ``any`` (it chooses).
+
+A planned reply may begin with an action, one JSON object: ``{"action":"stop"} I stand still.`` It
+is held to a schema while it is decoded, comes before the first word, and is not spoken.
 """
 
 from __future__ import annotations
@@ -13,8 +16,10 @@ from __future__ import annotations
 import bisect
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from agent.config import ReplyConfig
+from stages.constrained import JsonGrammar, JsonText
 from stages.lm import LanguageModel, Sampling
 from stages.prompt import Modality
 from stages.text import Decoded, IncrementalDecoder, Tokenizer
@@ -39,13 +44,20 @@ class SaidText:
 
 
 @dataclass(frozen=True)
+class Action:
+    """What the reply does besides speaking, as the schema of ``reply.actions`` describes it."""
+
+    value: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class SaidUnit:
     """The next unit of the reply."""
 
     unit: Unit
 
 
-Piece = HeardText | SaidText | SaidUnit
+Piece = HeardText | Action | SaidText | SaidUnit
 Steps = Generator[Piece | None, None, None]
 """A reply being decoded: about one token a step, None where a step says nothing."""
 
@@ -100,6 +112,7 @@ class Dialogue:
         banned = list(unspeakable)
         for mask in self._masks.values():
             mask[banned] = False
+        self._actions = JsonGrammar(tokenizer, config.actions) if config.actions else None
         self._kinds = frozenset(tokenizer.kinds)
         # What sentencepiece puts before a prompt: the beginning of the sequence, a word boundary.
         begin = tokenizer.encode(Modality.SPEECH.tag)[:-1]
@@ -224,20 +237,48 @@ class Dialogue:
         turn.words_begin = lm.length
         decoder = IncrementalDecoder(tokenizer)
         splitter = _Splitter(self._config.separator)
-        characters = 0
+        characters, actions = 0, self._actions
         for _ in range(min(self._config.max_text_tokens, lm.capacity - lm.length - 2)):
             i = lm.decode(self._text_sampling, self._masks[Modality.TEXT])
             if i in (tokenizer.speech_tag, tokenizer.eos):
                 lm.rewind(lm.length - 1)
                 break
+            pieces = list(_pieces(decoder.push(i), splitter))
+            if actions and not characters and _opens_action(pieces):
+                lm.rewind(lm.length - 1)
+                yield from (piece for piece in pieces if isinstance(piece, HeardText))
+                if not (yield from self._act(actions.begin())):
+                    break
+                decoder, actions = IncrementalDecoder(tokenizer), None
+                continue
             self._counts["text_tokens"] += 1
-            for piece in _pieces(decoder.push(i), splitter):
-                characters += len(piece.text) if isinstance(piece, SaidText) else 0
+            for piece in pieces:
+                if isinstance(piece, SaidText):
+                    piece = SaidText(piece.text if characters else piece.text.lstrip())
+                    characters += len(piece.text)
                 yield piece
             turn.words.append(characters)
             yield None
         yield from splitter.flush()
         lm.append([tokenizer.speech_tag])
+
+    def _act(self, action: JsonText) -> Generator[Piece | None, None, bool]:
+        """Decode an action; one for which there is no room is forgotten, and the answer False."""
+        lm, turn, start = self._lm, self._opened(), self._lm.length
+        room = min(self._config.max_text_tokens, lm.capacity - start - 2)
+        while not action.complete:
+            forced = action.forced()
+            if lm.length - start + len(forced) >= room:
+                lm.rewind(start)
+                return False
+            lm.append(forced)
+            if not action.complete:
+                action.push(lm.decode(self._text_sampling, action.mask()))
+            yield None
+        self._counts["text_tokens"] += lm.length - start
+        turn.words += [0] * (lm.length - start)  # no words: whatever is heard, it was done
+        yield Action(action.value)
+        return True
 
     def _speak(self, modality: Modality) -> Steps:
         """Units, and text where ``modality`` allows it, to the end of the sequence or a limit."""
@@ -318,6 +359,10 @@ class Dialogue:
             ("prefilled_tokens", "rewound_tokens", "text_tokens", "speech_tokens", "wasted_tokens"),
             0,
         )
+
+
+def _opens_action(pieces: Iterable[Piece]) -> bool:
+    return any(isinstance(p, SaidText) and p.text.lstrip().startswith("{") for p in pieces)
 
 
 def _pieces(decoded: Iterable[Decoded], splitter: _Splitter) -> Iterator[Piece]:

@@ -5,7 +5,7 @@ Every key is known here and described, with its unit; :mod:`agent.config` reads 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -174,6 +174,11 @@ class ReplyConfig(Section):
         gt=0,
         le=60,
         description="silence at the end of a reply after which it is over, s",
+    )
+    actions: dict[str, Any] | None = Field(
+        default=None,
+        description="JSON schema of the actions that may begin a planned reply, for models trained "
+        'on them or shown examples of it: {"action":"stop"} I stand still. null for none',
     )
     context_tokens: int = Field(
         default=1600, ge=64, description="past conversation that is remembered, tokens"

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from agent.events import (
+    ActionChosen,
     DeviceChanged,
     Event,
     Heard,
@@ -43,6 +44,8 @@ class Transcript:
     def __call__(self, event: Event) -> None:
         if isinstance(event, Heard):
             self._line("heard", printable(event.text) or "(no words)")
+        elif isinstance(event, ActionChosen):
+            self._line("does", printable(event.text))
         elif isinstance(event, ReplyText) and not self._plain:
             text = printable(event.text)
             text = text if self._saying else text.lstrip()

@@ -63,6 +63,7 @@ class TurnTrace:
         speech: first and last sample of the user's speech, session clock.
         marks: seconds of the monotonic clock, by the names in :data:`MARKS`.
         heard, said: transcript of the request, text of the reply.
+        action: what the reply does besides speaking.
         reply_samples: length of the reply at 16 kHz.
         counts: tokens prefilled, rewound and decoded, chunks, and so on.
         work: seconds of work by stage.
@@ -76,6 +77,7 @@ class TurnTrace:
     marks: dict[str, float] = field(default_factory=dict)
     heard: str = ""
     said: str = ""
+    action: dict[str, Any] | None = None
     reply_samples: int = 0
     counts: dict[str, int] = field(default_factory=dict)
     work: dict[str, float] = field(default_factory=dict)
@@ -132,6 +134,7 @@ class TurnTrace:
             "turn": self.turn,
             "heard": self.heard,
             "said": self.said,
+            "action": self.action,
             "ended": self.ended,
             "speech_seconds": round(self.speech_seconds, 3),
             "reply_seconds": round(self.reply_seconds, 3),

@@ -21,6 +21,7 @@ from rich.live import Live
 from rich.text import Text
 
 from agent.events import (
+    ActionChosen,
     DeviceChanged,
     Event,
     Heard,
@@ -64,6 +65,7 @@ class _Turn:
     revised: int = 0  # units before this one were taken over as they were
     revised_until: float = 0.0
     heard: str = ""
+    does: str = ""
     planned: str = ""
     spoken: str = ""
     heard_samples: int = 0
@@ -78,7 +80,7 @@ class _Turn:
 
     def take_back(self) -> None:
         """The speaker went on: what was planned as the reply is none."""
-        self.heard = self.planned = self.spoken = ""
+        self.heard = self.planned = self.spoken = self.does = ""
         self.spans.clear()
 
 
@@ -160,7 +162,14 @@ class LiveView:
 
     def _take_of_turn(
         self,
-        event: TurnStarted | Heard | RequestUnits | ReplyText | ReplyAudio | Spoken | Interrupted,
+        event: TurnStarted
+        | Heard
+        | RequestUnits
+        | ActionChosen
+        | ReplyText
+        | ReplyAudio
+        | Spoken
+        | Interrupted,
         turn: _Turn,
     ) -> None:
         if isinstance(event, RequestUnits):
@@ -168,6 +177,8 @@ class LiveView:
         elif isinstance(event, Heard):
             turn.take_back()
             turn.heard = printable(event.text)
+        elif isinstance(event, ActionChosen):
+            turn.does = printable(event.text)
         elif isinstance(event, ReplyText):
             turn.planned += printable(event.text)
         elif isinstance(event, ReplyAudio):
@@ -233,6 +244,8 @@ class LiveView:
         lines = []
         if turn.heard or over:
             lines.append(_labelled("heard", Text(turn.heard.strip() or "(no words)")))
+        if turn.does:
+            lines.append(_labelled("does", Text(turn.does)))
         rest = turn.planned[len(turn.spoken) :]
         says = Text(turn.spoken.lstrip())
         says.append(rest if turn.spoken else rest.lstrip(), "dim strike" if over else "dim")

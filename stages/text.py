@@ -199,6 +199,10 @@ class Tokenizer:
         """``TEXT`` or ``SPEECH`` for the id of a tag; None for everything else."""
         return {self.text_tag: Modality.TEXT, self.speech_tag: Modality.SPEECH}.get(i)
 
+    def id_to_byte(self, i: int) -> int | None:
+        """The byte that the id ``i`` stands for; None if it stands for a piece of text."""
+        return self._bytes.get(i)
+
     def is_special(self, i: int) -> bool:
         """Whether ``i`` is ``<s>``, ``</s>``, ``<unk>`` or a padding row."""
         return i in self._special or not 0 <= i < self.size

@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import jsonschema
 import pytest
 
 from agent.config import ReplyConfig
-from agent.reply import Dialogue, HeardText, Piece, SaidText, SaidUnit
+from agent.reply import Action, Dialogue, HeardText, Piece, SaidText, SaidUnit
 from stages.checkpoint import find_layout
+from stages.constrained import JsonGrammar
 from stages.lm import Sampling
 from stages.text import Tokenizer
 from stages.units import UnitFrame
@@ -290,3 +292,97 @@ def test_a_long_conversation_keeps_its_latest_turns(
         last = [tokenizer.speech_tag, tokenizer.unit_id("Hu", turn), *closed]
         assert model.ids[-len(last) :] == last, "the latest turn is whole, as far as it was heard"
     assert model.ids.count(tokenizer.eos) >= 1
+
+
+STOP_OR_TURN = {
+    "oneOf": [
+        {
+            "type": "object",
+            "properties": {"action": {"const": "stop"}},
+            "required": ["action"],
+            "additionalProperties": False,
+        },
+        {
+            "type": "object",
+            "properties": {
+                "action": {"const": "turn"},
+                "degrees": {"type": "integer", "minimum": 0, "maximum": 360},
+            },
+            "required": ["action", "degrees"],
+            "additionalProperties": False,
+        },
+    ]
+}
+
+
+class Stubborn(ScriptedModel):
+    """Says the next thing of its script that is allowed, or else the first token that is."""
+
+    closing: frozenset[int]  # tokens with a closing brace
+
+    def append(self, ids: Sequence[int]) -> None:
+        super().append(ids)
+        if self.closing & set(ids):  # what it wished to write itself has been written
+            done = next((n for n, i in enumerate(self.script) if i in self.closing), -1)
+            del self.script[: done + 1]
+
+    def decode(self, sampling: Sampling, mask: Sequence[bool]) -> int:
+        allowed = [i for i in self.script if mask[i]]
+        token = allowed[0] if allowed else next(i for i, ok in enumerate(mask) if ok)
+        if allowed:
+            del self.script[: self.script.index(token) + 1]
+        self.ids.append(token)
+        return token
+
+
+def acting(tokenizer: Tokenizer, text: str) -> tuple[Dialogue, ScriptedModel]:
+    """A dialogue whose model wants to write ``text``, then say one unit."""
+    words = tokenizer.encode(f"[Text]{text}", bos=False)[2:]
+    sound = [tokenizer.speech_tag, tokenizer.unit_id("Hu", 7), tokenizer.eos]
+    model = Stubborn([*words, *sound])
+    pieces = enumerate(tokenizer.pieces(range(tokenizer.size)))
+    model.closing = frozenset(i for i, p in pieces if "}" in p or p == "<0x7D>")
+    config = ReplyConfig(actions=STOP_OR_TURN)
+    talk = Dialogue(model, tokenizer, config, Sampling(), Sampling())  # type: ignore[arg-type]
+    talk.begin()
+    talk.hear(0, frames(1))
+    return talk, model
+
+
+def test_a_reply_may_begin_with_an_action(tokenizer: Tokenizer) -> None:
+    talk, model = acting(tokenizer, 'left | {"action":"turn","degrees":40} Turning.')
+    pieces = said(talk)
+    assert [p.value for p in pieces if isinstance(p, Action)] == [{"action": "turn", "degrees": 40}]
+    assert [type(p) for p in pieces[:2]] == [HeardText, Action]
+    assert "".join(p.text for p in pieces if isinstance(p, SaidText)) == "Turning."
+    assert '{"action":"turn","degrees":40} Turning.' in tokenizer.decode(model.ids)
+
+
+@pytest.mark.parametrize("wish", ['{"action":"fly"}', "{ action = stop }", '{"degrees":9}', "{"])
+def test_whatever_the_model_wants_an_action_follows_its_schema(
+    tokenizer: Tokenizer, wish: str
+) -> None:
+    talk, _ = acting(tokenizer, f"go | {wish} Off.")
+    (action,) = (p.value for p in said(talk) if isinstance(p, Action))
+    jsonschema.validate(action, STOP_OR_TURN)
+
+
+def test_a_brace_later_in_the_reply_is_text(tokenizer: Tokenizer) -> None:
+    talk, _ = acting(tokenizer, 'x | A brace: {"action":"stop"}')
+    pieces = said(talk)
+    assert not [p for p in pieces if isinstance(p, Action)]
+    assert "".join(p.text for p in pieces if isinstance(p, SaidText)).endswith('{"action":"stop"}')
+
+
+def test_what_was_done_is_remembered_even_if_not_a_word_was_heard(tokenizer: Tokenizer) -> None:
+    talk, model = acting(tokenizer, 'halt | {"action":"stop"} I stand still.')
+    said(talk)
+    talk.end(units=0, characters=0)
+    remembered = tokenizer.decode(model.ids)
+    assert '{"action":"stop"}' in remembered
+    assert "stand" not in remembered
+
+
+def test_a_schema_that_is_none_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match="schema"):
+        JsonGrammar(tokenizer, {"type": "rubbish"})

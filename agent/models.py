@@ -14,6 +14,7 @@ from agent.graphs import Progress, graphs
 from agent.reply import Dialogue
 from stages import SAMPLE_RATE
 from stages.checkpoint import CheckpointError, Layout
+from stages.constrained import JsonGrammar
 from stages.encoder import SpeechTokenizer, UnitEncoder
 from stages.lm import LanguageModel
 from stages.runtime import Graph
@@ -31,7 +32,12 @@ _VOCODER_GRAPHS = ("vocoder", "durations")
 
 
 class Models:
-    """What a configuration names, in memory. The methods give stages with a state of their own."""
+    """What a configuration names, in memory. The methods give stages with a state of their own.
+
+    Raises:
+        CheckpointError: parts of the checkpoint do not belong together.
+        UserError: the configuration asks for something that cannot be.
+    """
 
     def __init__(
         self,
@@ -49,6 +55,7 @@ class Models:
         self.lm = lm
         self._vocoder = vocoder
         self._turn_end: TurnEndDetector | None = None
+        self._actions = _grammar(config, tokenizer)
         self._examples = prompt(
             config.conversation.examples, config.reply, speech_tokenizer, layout
         )
@@ -137,6 +144,7 @@ class Models:
             self.config.sampling.speech.sampling(),
             unspeakable=self._unspeakable(),
             examples=self._examples,
+            actions=self._actions,
         )
 
     def _unspeakable(self) -> list[int]:
@@ -146,6 +154,15 @@ class Models:
         every = range(self.tokenizer.vocab_size)
         units = ((i, self.tokenizer.id_to_unit(i)) for i in every)
         return [i for i, u in units if u is not None and known[u.kind] and u.index >= known[u.kind]]
+
+
+def _grammar(config: Config, tokenizer: Tokenizer) -> JsonGrammar | None:
+    if not config.reply.actions:
+        return None
+    try:
+        return JsonGrammar(tokenizer, config.reply.actions)
+    except ValueError as error:
+        raise UserError(f"reply.actions: {error}") from error
 
 
 def torch_device(name: str) -> torch.device:

@@ -93,11 +93,13 @@ class Dialogue:
         speech_sampling: Sampling,
         unspeakable: Iterable[int] = (),
         examples: str = "",
+        actions: JsonGrammar | None = None,
     ) -> None:
         """
         Args:
             unspeakable: ids of units that are never to be sampled.
             examples: a prompt that precedes the conversation and is never forgotten.
+            actions: of what may begin a planned reply.
         """
         self._lm = lm
         self._tokenizer = tokenizer
@@ -112,7 +114,7 @@ class Dialogue:
         banned = list(unspeakable)
         for mask in self._masks.values():
             mask[banned] = False
-        self._actions = JsonGrammar(tokenizer, config.actions) if config.actions else None
+        self._actions = actions
         self._kinds = frozenset(tokenizer.kinds)
         # What sentencepiece puts before a prompt: the beginning of the sequence, a word boundary.
         begin = tokenizer.encode(Modality.SPEECH.tag)[:-1]

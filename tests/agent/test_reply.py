@@ -342,8 +342,9 @@ def acting(tokenizer: Tokenizer, text: str) -> tuple[Dialogue, ScriptedModel]:
     model = Stubborn([*words, *sound])
     pieces = enumerate(tokenizer.pieces(range(tokenizer.size)))
     model.closing = frozenset(i for i, p in pieces if "}" in p or p == "<0x7D>")
-    config = ReplyConfig(actions=STOP_OR_TURN)
-    talk = Dialogue(model, tokenizer, config, Sampling(), Sampling())  # type: ignore[arg-type]
+    grammar = JsonGrammar(tokenizer, STOP_OR_TURN)
+    sampling = Sampling(greedy=True)
+    talk = Dialogue(model, tokenizer, ReplyConfig(), sampling, sampling, actions=grammar)  # type: ignore[arg-type]
     talk.begin()
     talk.hear(0, frames(1))
     return talk, model

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from agent.config import Config
-from agent.events import Event, Heard, ReplyAudio, ReplyText, TurnEnded, TurnStarted
-from agent.reply import HeardText, Piece, SaidText, SaidUnit, Steps
+from agent.events import ActionChosen, Event, Heard, ReplyAudio, ReplyText, TurnEnded, TurnStarted
+from agent.reply import Action, HeardText, Piece, SaidText, SaidUnit, Steps
 from agent.session import Session
 from stages import SAMPLE_RATE
 from stages.encoder import Revision
@@ -206,6 +206,20 @@ def test_an_utterance_is_heard_answered_and_traced() -> None:
     assert times == sorted(times)
     assert trace.reply_samples == 1280
     assert trace.ended == "complete"
+
+
+def test_an_action_is_told_before_the_words_and_stands_in_the_trace() -> None:
+    class Acting(ScriptedDialogue):
+        def reply(self) -> Steps:
+            yield Action({"units": list(self.heard)})
+            yield from super().reply()
+
+    first, second = speech(11), speech(12)
+    events = converse(Acting(), *first, *second)
+    assert [e.action for e in of(ActionChosen, events)] == [{"units": [11]}, {"units": [12]}]
+    kinds = [type(event) for event in events]
+    assert kinds.index(ActionChosen) < kinds.index(ReplyText)
+    assert [e.trace.action for e in of(TurnEnded, events)] == [{"units": [11]}, {"units": [12]}]
 
 
 def test_every_utterance_of_a_recording_gets_its_own_turn_in_order() -> None:

@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
+CORES  ?= 2
 RUN    := $(VENV)/.run-ready
 DEV    := $(VENV)/.dev-ready
 
@@ -13,7 +14,8 @@ demo: $(RUN)
 	$(BIN)/python -m agent run examples/question.wav reply.wav --trace trace.json
 
 test: $(DEV)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m 'not realtime' --numprocesses $(CORES) --dist loadfile
+	$(BIN)/python -m pytest -m realtime
 
 lint: $(DEV)
 	$(BIN)/ruff check .

@@ -19,7 +19,7 @@ from agent.schema import SoundConfig
 from agent.soundcard import Block, SoundCard
 from stages import SAMPLE_RATE
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.realtime]
 T = TypeVar("T")
 P = ParamSpec("P")
 

@@ -21,7 +21,7 @@ from pulse import VirtualCard
 from recipes.scoring import Recognizer
 from stages import SAMPLE_RATE
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.realtime, pytest.mark.timeout(900)]
 
 QUESTION = Path(__file__).parents[2] / "examples" / "question.wav"
 LONGEST = 60.0  # seconds for anything to happen on a busy machine

@@ -29,11 +29,12 @@ from transformers.utils import logging
 
 from bench.report import RESULTS, about, save
 from stages.llama_weights import load_llama
-from stages.lm import LanguageModel
+from stages.lm import Engine, LanguageModel, Sampling
 from stages.lm_torch import TorchEngine
 
 NANO = Path("checkpoints/nano/spiritlm_model/spirit-lm-nano")
 CONTEXTS = (64, 256, 900)
+_GREEDY = Sampling(greedy=True)
 STEPS = 24  # tokens of one measurement
 SHAPES = {
     "30M": {"hidden": 512, "intermediate": 1408, "layers": 8, "heads": 8, "vocabulary": 8192},
@@ -55,16 +56,17 @@ class Candidate:
     decode: Callable[[list[int], int], tuple[list[int], float]]
 
 
-def of_engine(name: str, engine: Any) -> Candidate:
+def of_engine(name: str, engine: Engine) -> Candidate:
     def prefill(ids: Sequence[int], start: int) -> None:
         engine.feed(ids, start)
 
     def decode(context: list[int], count: int) -> tuple[list[int], float]:
-        logits, at, tokens = engine.feed(context, 0), len(context), []
+        engine.feed(context, 0)
+        tokens: list[int] = []
         begin = time.perf_counter()
-        for i in range(count):
-            tokens.append(int(logits.argmax()))
-            logits = engine.feed(tokens[-1:], at + i)
+        for at in range(len(context), len(context) + count):
+            tokens.append(engine.decode(tokens[-1:], at if not tokens else at - 1, _GREEDY, None))
+        engine.feed(tokens[-1:], len(context) + count - 1)
         return tokens, time.perf_counter() - begin
 
     return Candidate(name, prefill, decode)

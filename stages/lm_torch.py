@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stages.llama_weights import LlamaConfig, Weights
+from stages.lm_sampling import Sampling, choose
 
 
 class TorchEngine:
@@ -23,21 +24,47 @@ class TorchEngine:
     """
 
     def __init__(self, config: LlamaConfig, weights: Weights, capacity: int) -> None:
-        self.config, self.weights = config, weights
+        self.config, self.weights, self.capacity = config, weights, capacity
         device, dtype = weights.embedding.device, weights.embedding.dtype
-        self._cos, self._sin = _rotary_tables(config, capacity, device, dtype)
-        shape = (config.layers, 2, 1, config.kv_heads, capacity, config.head_dim)
-        self._cache = torch.zeros(shape, device=device, dtype=dtype)
+        self._cos, self._sin = rotary_tables(config, capacity, device, dtype)
+        self._cache = self._empty_cache()
+        self._logits: Tensor | None = None
+        self.held = -1
 
-    @torch.inference_mode()
-    def feed(self, ids: Sequence[int], start: int) -> Tensor:
-        """Run ``ids`` after the first ``start`` tokens; the logits after the last of them, float32
-        ``[vocab_size]``."""
-        return self.weights.head(self.hidden(ids, start)[-1:])[0].float()
+    def feed(self, ids: Sequence[int], start: int) -> None:
+        """Run ``ids`` after the first ``start`` tokens and hold the logits after the last."""
+        self._logits, self.held = self._run(ids, start), start + len(ids)
+
+    def logits(self) -> Tensor:
+        """The logits held, float32 ``[vocab_size]``."""
+        if self._logits is None:
+            raise RuntimeError("no logits are held: feed the last token first")
+        return self._logits
+
+    def decode(
+        self, ids: Sequence[int], start: int, sampling: Sampling, mask: Tensor | None
+    ) -> int:
+        """:meth:`feed` ``ids``, if there are any; the token chosen from the logits held."""
+        if ids:
+            self.feed(ids, start)
+        mask = mask if mask is None else mask.cpu()
+        return choose(self.logits(), sampling, mask, sampling.draw(self.held))
+
+    def forget(self) -> None:
+        """Hold no logits any more."""
+        self._logits, self.held = None, -1
+
+    def another(self) -> TorchEngine:
+        """An engine like this over the same weights."""
+        return type(self)(self.config, self.weights, self.capacity)
+
+    def close(self) -> None:
+        """Nothing to give back."""
 
     @torch.inference_mode()
     def hidden(self, ids: Sequence[int], start: int) -> Tensor:
-        """As :meth:`feed`; the hidden states after the final norm, ``[len(ids), hidden]``."""
+        """Run ``ids`` after the first ``start`` tokens; the hidden states after the final norm,
+        ``[len(ids), hidden]``."""
         w, config, stop = self.weights, self.config, start + len(ids)
         x = F.embedding(torch.tensor(ids, device=w.embedding.device), w.embedding)
         size, eps = (config.hidden,), config.rms_norm_eps
@@ -50,6 +77,16 @@ class TorchEngine:
             gate, up = layer.gate_up(h).chunk(2, dim=-1)
             x = x + layer.down(F.silu(gate) * up)
         return F.rms_norm(x, size, w.norm, eps)
+
+    def _empty_cache(self) -> Tensor:
+        """Keys and values: ``[layers, 2, 1, kv_heads, capacity, head_dim]``."""
+        c, like = self.config, self.weights.embedding
+        shape = (c.layers, 2, 1, c.kv_heads, self.capacity, c.head_dim)
+        return torch.zeros(shape, device=like.device, dtype=like.dtype)
+
+    @torch.inference_mode()
+    def _run(self, ids: Sequence[int], start: int) -> Tensor:
+        return self.weights.head(self.hidden(ids, start)[-1:])[0].float()
 
     def _attend(
         self,
@@ -87,7 +124,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, torch.cat((x[..., half:], x[..., :half]), dim=-1), sin)
 
 
-def _rotary_tables(
+def rotary_tables(
     config: LlamaConfig, length: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Cosines and signed sines ``[length, 1, head_dim]``, computed in float32."""

@@ -10,14 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.generation import (
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from stages.checkpoint import CheckpointError
-from stages.lm import CacheFullError, LanguageModel, Sampling, choose, warp
+from stages.lm import CacheFullError, LanguageModel, Sampling
 from stages.lm_linear import Dense, Half
 
 VOCAB = 97
@@ -211,37 +206,6 @@ def test_hidden_states_and_projection(reference: LlamaForCausalLM, folder: Path)
 # ------------------------------------------------------------------------------------ sampling
 
 
-@settings(max_examples=50, deadline=None)
-@given(
-    temperature=st.floats(0.1, 3.0),
-    top_p=st.floats(0.01, 1.0),
-    top_k=st.integers(0, 40),
-    seed=st.integers(0, 1000),
-)
-def test_warping_equals_hugging_face(
-    temperature: float, top_p: float, top_k: int, seed: int
-) -> None:
-    logits = torch.randn(60, generator=torch.Generator().manual_seed(seed)) * 3
-    logits[::7] = float("-inf")
-    logits[3] = logits[5]
-    expected = TemperatureLogitsWarper(temperature)(None, logits[None])
-    if top_k:
-        expected = TopKLogitsWarper(top_k)(None, expected)
-    if top_p < 1:
-        expected = TopPLogitsWarper(top_p)(None, expected)
-    actual = warp(logits, Sampling(temperature, top_p, top_k=top_k))
-    assert torch.equal(actual, expected[0])
-
-
-def test_draws_follow_the_warped_distribution() -> None:
-    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -9.0])
-    sampling = Sampling(temperature=1.3, top_p=0.9)
-    generator = torch.Generator().manual_seed(0)
-    draws = [choose(logits, sampling, None, generator) for _ in range(4000)]
-    frequencies = torch.bincount(torch.tensor(draws), minlength=5) / 4000
-    torch.testing.assert_close(frequencies, warp(logits, sampling).softmax(-1), atol=0.03, rtol=0)
-
-
 def test_a_seed_repeats_and_survives_rewinding(folder: Path) -> None:
     lm = LanguageModel.load(folder)
     sampling = Sampling(temperature=2.0, seed=11)
@@ -266,12 +230,16 @@ def test_masked_tokens_are_never_chosen(folder: Path) -> None:
         lm.decode(GREEDY, torch.ones(5, dtype=torch.bool))
 
 
-@pytest.mark.parametrize(
-    "bad", [{"temperature": 0.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}]
-)
-def test_bad_sampling_is_refused(bad: dict) -> None:
-    with pytest.raises(ValueError, match=next(iter(bad))):
-        Sampling(**bad)
+def test_streams_over_the_same_weights_know_nothing_of_each_other(folder: Path) -> None:
+    lm = LanguageModel.load(folder)
+    lm.append([1, 2, 3])
+    beside = lm.another()
+    assert beside.length == 0 and beside.capacity == lm.capacity
+    beside.append([9, 8])
+    alone = LanguageModel.load(folder)
+    alone.append([1, 2, 3])
+    assert lm.decode(GREEDY) == alone.decode(GREEDY)
+    assert torch.equal(lm.logits, alone.logits)
 
 
 # ---------------------------------------------------------------------------------------- limits

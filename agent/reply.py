@@ -239,24 +239,27 @@ class Dialogue:
         turn.words_begin = lm.length
         decoder = IncrementalDecoder(tokenizer)
         splitter = _Splitter(self._config.separator)
-        characters, actions = 0, self._actions
-        for _ in range(min(self._config.max_text_tokens, lm.capacity - lm.length - 2)):
+        characters, acted = 0, False
+        limit = min(lm.length + self._config.max_text_tokens, lm.capacity - 2)
+        while lm.length < limit:
             i = lm.decode(self._text_sampling, self._masks[Modality.TEXT])
             if i in (tokenizer.speech_tag, tokenizer.eos):
                 lm.rewind(lm.length - 1)
                 break
             pieces = list(_pieces(decoder.push(i), splitter))
-            if actions and not characters and _opens_action(pieces):
+            if self._actions and not (acted or characters) and _opens_action(pieces):
                 lm.rewind(lm.length - 1)
                 yield from (piece for piece in pieces if isinstance(piece, HeardText))
-                if not (yield from self._act(actions.begin())):
+                acted = yield from self._act(self._actions.begin(), limit)
+                if not acted:
                     break
-                decoder, actions = IncrementalDecoder(tokenizer), None
+                decoder = IncrementalDecoder(tokenizer)
                 continue
             self._counts["text_tokens"] += 1
             for piece in pieces:
                 if isinstance(piece, SaidText):
-                    piece = SaidText(piece.text if characters else piece.text.lstrip())
+                    if acted and not characters:  # a blank stands between the action and the words
+                        piece = SaidText(piece.text.lstrip())
                     characters += len(piece.text)
                 yield piece
             turn.words.append(characters)
@@ -264,13 +267,12 @@ class Dialogue:
         yield from splitter.flush()
         lm.append([tokenizer.speech_tag])
 
-    def _act(self, action: JsonText) -> Generator[Piece | None, None, bool]:
+    def _act(self, action: JsonText, limit: int) -> Generator[Piece | None, None, bool]:
         """Decode an action; one for which there is no room is forgotten, and the answer False."""
         lm, turn, start = self._lm, self._opened(), self._lm.length
-        room = min(self._config.max_text_tokens, lm.capacity - start - 2)
         while not action.complete:
             forced = action.forced()
-            if lm.length - start + len(forced) >= room:
+            if lm.length + len(forced) >= limit:
                 lm.rewind(start)
                 return False
             lm.append(forced)

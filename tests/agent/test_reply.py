@@ -384,6 +384,13 @@ def test_what_was_done_is_remembered_even_if_not_a_word_was_heard(tokenizer: Tok
     assert "stand" not in remembered
 
 
+def test_an_action_for_which_there_is_no_room_is_left_out(tokenizer: Tokenizer) -> None:
+    talk, model = acting(tokenizer, 'halt | {"action":"stop"} I stand still.')
+    model.capacity = model.length + len(tokenizer.encode("[Text]halt |")) + 5
+    assert not [p for p in said(talk) if isinstance(p, Action)]
+    assert model.length <= model.capacity
+
+
 def test_a_schema_that_is_none_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match="schema"):
         JsonGrammar(tokenizer, {"type": "rubbish"})

@@ -22,6 +22,7 @@ STEPS = {
     "text_tokenizer": "Train the text tokenizer and add the speech tokens to it.",
     "lm": "Train the language model on speech, text and mixed streams.",
     "evaluate": "Measure the checkpoint with an independent recognizer; write the model card.",
+    "listen": "Write a page of questions and answers to listen to.",
 }
 # Arguments with which a step takes seconds: what comes out runs, and knows nothing.
 SMALL = {
@@ -35,6 +36,7 @@ SMALL = {
     "text_tokenizer": ["--text-pieces", "300"],
     "lm": ["--minutes", "0.5"],
     "evaluate": ["--limit", "2", "--spoken", "1"],
+    "listen": ["--count", "1"],
 }
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
@@ -99,6 +101,7 @@ def arguments(step: str, work: Path, out: Path, small: bool = False) -> list[str
         "text_tokenizer": ["--out", lm],
         "lm": ["--out", lm],
         "evaluate": ["--checkpoint", out],
+        "listen": ["--checkpoint", out, "--out", work / "listen.html"],
     }
     found = ["--work", work, *places.get(step, []), *(SMALL.get(step, []) if small else [])]
     return [str(argument) for argument in found]

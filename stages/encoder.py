@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -116,11 +117,15 @@ class SpeechTokenizer:
         """
         if len(wave) < SHORTEST:
             return self.no_units()
-        units = Units(self._phonetic(wave, codes).tolist())
-        if self.pitch is not None and self.style is not None:
-            units.pitch = self.pitch.units(wave, allow_unvoiced).tolist()
-            units.style = self.style.units(wave).tolist()
-        return units
+        if self.pitch is None or self.style is None:
+            return Units(self._phonetic(wave, codes).tolist())
+        # Someone waits for these at the end of a turn. Pitch takes about as long as the rest, and
+        # outside Python's lock: beside it, on a core that has nothing to do just then.
+        with ThreadPoolExecutor(1) as beside:
+            pitch = beside.submit(self.pitch.units, wave, allow_unvoiced)
+            hubert = self._phonetic(wave, codes)
+            style = self.style.units(wave)
+            return Units(hubert.tolist(), pitch.result().tolist(), style.tolist())
 
     def no_units(self) -> Units:
         """Empty streams."""

@@ -173,6 +173,20 @@ def load_llama(
     return config, _finished(buffers, halved if halve else lambda matrix: matrix)
 
 
+def random_llama(
+    config: LlamaConfig, device: torch.device, dtype: torch.dtype, seed: int = 0
+) -> Weights:
+    """Weights of the shape of ``config`` with random numbers, scaled to keep a stream's size."""
+    buffers = _allocate(config, device, dtype)
+    generator = torch.Generator(device).manual_seed(seed)
+    for key, tensor in _targets(config, buffers).items():
+        if tensor.dim() == 1:
+            tensor.fill_(0.0 if key.endswith(".bias") else 1.0)
+        else:
+            tensor.normal_(0, tensor.shape[1] ** -0.5, generator=generator)
+    return _finished(buffers, lambda matrix: matrix)
+
+
 def _rope(raw: Mapping[str, Any], path: Path) -> tuple[float, float]:
     """Base of the rotary frequencies and the divisor of positions (1 unless scaled linearly).
 
@@ -195,7 +209,9 @@ def _allocate(config: LlamaConfig, device: torch.device, dtype: torch.dtype) -> 
         return torch.empty(shape, device=device, dtype=dtype)
 
     def dense(size: int, out: int, bias: bool) -> Dense:
-        return Dense(empty(size, out), empty(out) if bias else None)
+        # A GPU reads the rows of the checkpoint's matrices, a CPU their columns.
+        weight = empty(out, size).T if device.type == "cuda" else empty(size, out)
+        return Dense(weight, empty(out) if bias else None)
 
     hidden, heads, mlp = config.hidden, config.heads * config.head_dim, config.intermediate
     fused = heads + 2 * config.kv_heads * config.head_dim
@@ -211,7 +227,7 @@ def _allocate(config: LlamaConfig, device: torch.device, dtype: torch.dtype) -> 
         for _ in range(config.layers)
     ]
     embedding = empty(config.vocab_size, hidden)
-    head = Dense(embedding.T if config.tied else empty(hidden, config.vocab_size))
+    head = Dense(embedding.T) if config.tied else dense(hidden, config.vocab_size, False)
     return _Buffers(embedding, layers, empty(hidden), head)
 
 

@@ -24,7 +24,6 @@ from stages.checkpoint import Layout
 from stages.llama_weights import LlamaConfig, Weights, load_llama
 from stages.lm_cpu import CpuEngine
 from stages.lm_sampling import Sampling as Sampling
-from stages.lm_sampling import checked
 from stages.lm_torch import TorchEngine
 from stages.lm_torch import rotate as rotate  # for those who build the same network
 

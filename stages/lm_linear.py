@@ -1,8 +1,9 @@
-"""Matrices of a language model, in the two forms in which they can be held.
+"""Matrices of a language model, in the forms in which they can be held.
 
 With a single token every product reads its whole matrix once and computes next to nothing with it:
 the time is the size in memory. Published weights are 16-bit numbers, so 16 bits hold them, and
-:class:`Half` multiplies them in float32 all the same: half of the bytes, the same result.
+:class:`Half` multiplies them in float32 all the same: half of the bytes, the same result. 8 bits
+(:class:`Scaled`) do not hold them; they are for a GPU, where asked for.
 """
 
 from __future__ import annotations
@@ -54,6 +55,46 @@ class Half:
         if out is None:
             return torch.fbgemm_linear_fp16_weight_fp32_activation(x, self.packed, self.bias)
         return torch.fbgemm_linear_fp16_weight_fp32_activation(x, self.packed, self.bias, out)
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A matrix ``[out, in]`` in 8 bits, ``scale`` float32 ``[out]``, ``bias`` ``[out]``.
+
+    This product unpacks the matrix each time; reading half of the bytes pays where a kernel unpacks
+    it on the way (:mod:`stages.lm_triton`).
+    """
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None = None
+
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        y = (x @ self.weight.to(x.dtype).T) * self.scale.to(x.dtype)
+        if self.bias is not None:
+            y = y + self.bias
+        return y if out is None else out.copy_(y)
+
+
+FORMS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+"""8-bit forms of a matrix, by name."""
+
+
+def scaled(matrix: Dense, form: str) -> Scaled:
+    """``matrix`` in 8 bits, each row scaled so that its largest number is the largest there is.
+
+    Raises:
+        ValueError: there is no such form.
+    """
+    if form not in FORMS:
+        raise ValueError(f"8-bit form {form!r}: expected one of {', '.join(FORMS)}")
+    dtype = FORMS[form]
+    most = 127 if dtype == torch.int8 else torch.finfo(dtype).max
+    weight = matrix.weight.T.float()
+    scale = weight.abs().amax(1).clamp(min=1e-12) / most
+    held = weight / scale[:, None]
+    held = held.round_() if dtype == torch.int8 else held
+    return Scaled(held.to(dtype), scale, matrix.bias)
 
 
 def halved(matrix: Dense) -> Half | Dense:

@@ -62,7 +62,7 @@ class Sampling:
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in ``[0, 1)`` that float32 holds exactly, from nothing but ``seed`` and ``position``.
+    """A number in ``[0, 1)`` that float32 holds exactly, from ``seed`` and ``position`` alone.
 
     The finaliser of SplitMix64 (Steele, Lea, Flood, 2014), once over each of the two.
     """

@@ -31,6 +31,7 @@ SMALL = {
     "tokenizers": ["--share", "0.02"],
     "vocoder": [
         *("--mel-minutes", "0.2", "--unit-minutes", "0.1", "--minutes", "0.2"),
+        *("--sharpen-minutes", "0.1"),
         *("--duration-steps", "30", "--evaluate", "2"),
     ],
     "text_tokenizer": ["--text-pieces", "300"],

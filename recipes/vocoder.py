@@ -1,15 +1,16 @@
-"""Train nano's Expressive vocoder: unit HiFi-GAN of one voice, on a CPU, in about an hour.
+"""Train nano's Expressive vocoder: unit HiFi-GAN of one voice, on a CPU, in about two hours.
 
-Three phases, because the waveform generator is the bottleneck and its upper part needs no units:
+Four phases, because the waveform generator is the bottleneck and its upper part needs no units:
 
 1. ``mel``: the stages above 125 Hz learn mel -> waveform through a linear adapter. Needs recordings
    only, so it can run while the units are still being made.
 2. ``units``: embeddings and the stages up to 125 Hz learn units -> (adapted) mel; then the duration
    predictor learns how long each unit lasts. The embeddings stay fixed from here on.
 3. ``joint``: everything together on the waveform, with a log-mel head on the 125 Hz stage.
+4. ``sharpen``: the same against judges that know real speech, which sharpens the harmonics.
 
 Every phase is limited by minutes, resumes where it stopped and leaves ``{work}/vocoder/state.pt``;
-phases 2 and 3 also export a checkpoint in the official layout every few minutes.
+the phases after the first also export a checkpoint in the official layout every few minutes.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from recipes.vocoder_adversary import Adversary
 from recipes.vocoder_data import Crops, Recording, load_recordings, load_waves
 from recipes.vocoder_durations import train_durations
 from recipes.vocoder_loss import FrameMel, SpectralLoss
@@ -40,6 +42,7 @@ from recipes.vocoder_report import measure, write_report
 from stages.hifigan import UnitHiFiGAN, VocoderConfig
 
 log = logging.getLogger("recipes.vocoder")
+SPECTRAL_WEIGHT = 8.0  # of the spectral losses beside the adversary's
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Settings:
     unit_batch: int = 32
     unit_frames: int = 32
     lr: float = 1e-3
+    sharpen_lr: float = 2e-4
     ema: float = 0.999
     seed: int = 0
     duration_steps: int = 3000
@@ -140,6 +144,30 @@ class Trainer:
                 self.export()
         self.export()
 
+    def sharpen_phase(self, recordings: list[Recording]) -> None:
+        """Units -> waveform against an adversary; the spectral losses hold it in place."""
+        crops = Crops(recordings, self.settings.seed + 3 + self.done.steps["sharpen"])
+        s = self.settings
+        adversary = Adversary()
+        path = self.folder / "adversary.pt"
+        if path.is_file():
+            state = torch.load(path, weights_only=True)
+            adversary.load_state_dict(state["judges"])
+            adversary.optimizer.load_state_dict(state["optimizer"])
+        exported = self.done.minutes["sharpen"]
+        for step in self._steps("sharpen", decay=True):
+            at = crops.positions(s.batch, s.frames)
+            wave = self._wave(crops, at)
+            made = self.model.upper(self._hidden(crops, at, s.frames))
+            adversary.learn(made, wave)
+            step(SPECTRAL_WEIGHT * self.loss(made, wave) + adversary.convince(made, wave))
+            if self.done.minutes["sharpen"] - exported >= s.export_minutes:
+                exported = self.done.minutes["sharpen"]
+                _save_adversary(adversary, path)
+                self.export()
+        _save_adversary(adversary, path)
+        self.export()
+
     # Parts of phases
 
     def _wave(self, crops: Crops, at: np.ndarray, frames: int | None = None) -> Tensor:
@@ -157,6 +185,7 @@ class Trainer:
     def _steps(self, phase: str, decay: bool) -> Iterator[Callable[[Tensor], None]]:
         """Yield, until the phase's minutes are over, a function that takes one training step."""
         budget = self.settings.minutes[phase]
+        peak = self.settings.sharpen_lr if phase == "sharpen" else self.settings.lr
         parameters = self._start(phase)
         begun, before = time.monotonic(), self.done.minutes[phase]
         saved, logged = begun, begun
@@ -178,7 +207,7 @@ class Trainer:
             task = bar.add_task(phase, total=budget, loss=math.nan)
             while self.done.minutes[phase] < budget and not self.stopped:
                 share = self.done.minutes[phase] / budget
-                rate = self.settings.lr * (0.5 + 0.5 * math.cos(math.pi * share) if decay else 1.0)
+                rate = peak * (0.5 + 0.5 * math.cos(math.pi * share) if decay else 1.0)
                 rate = max(rate, 1e-5) * min(1.0, (self.done.steps[phase] + 1) / 200)
                 for group in self.optimizer.param_groups:  # type: ignore[union-attr]
                     group["lr"] = rate
@@ -276,7 +305,9 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.average = state["average"]
         self.optimizer_phase, self.optimizer_state = state["phase"], state["optimizer"]
-        self.done = Progressed(state["minutes"], state["steps"], state["durations"])
+        self.done.minutes |= state["minutes"]
+        self.done.steps |= state["steps"]
+        self.done.durations = state["durations"]
         log.info("resumed from %s: %s", path, self.done.minutes)
 
     def export(self) -> Path:
@@ -286,7 +317,8 @@ class Trainer:
         generator.load_state_dict(
             {k.removeprefix(prefix): v for k, v in self.average.items() if k.startswith(prefix)}
         )
-        snapshot = self.folder / f"snapshot_{self.done.minutes['joint']:04.0f}"
+        minutes = self.done.minutes["joint"] + self.done.minutes["sharpen"]
+        snapshot = self.folder / f"snapshot_{minutes:04.0f}"
         for folder in (self.folder / FOLDER, snapshot, self.ship):
             if folder is not None:
                 write_checkpoint(generator, folder)
@@ -296,8 +328,9 @@ class Trainer:
 
 def main(
     work: Annotated[Path, typer.Option(help="Where corpus/ and units/ are.")] = Path("work"),
-    phase: Annotated[str, typer.Option(help="mel, units, joint or all.")] = "all",
+    phase: Annotated[str, typer.Option(help="mel, units, joint, sharpen or all.")] = "all",
     minutes: Annotated[float, typer.Option(help="Minutes for the joint phase, in all.")] = 55.0,
+    sharpen_minutes: Annotated[float, typer.Option(help="Minutes for the sharpen phase.")] = 60.0,
     mel_minutes: Annotated[float, typer.Option(help="Minutes for the mel phase.")] = 20.0,
     unit_minutes: Annotated[float, typer.Option(help="Minutes for the units phase.")] = 6.0,
     voice: Annotated[str, typer.Option(help="Voice of the corpus to speak with.")] = "heart",
@@ -311,7 +344,9 @@ def main(
     """Train the vocoder of one voice; resumes, and ends when its minutes are spent."""
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
-    budget = {"mel": mel_minutes, "units": unit_minutes, "joint": minutes}
+    budget = {
+        "mel": mel_minutes, "units": unit_minutes, "joint": minutes, "sharpen": sharpen_minutes
+    }  # fmt: skip
     trainer = Trainer(
         work, Settings(budget, batch=batch, seed=seed, duration_steps=duration_steps), voice, ship
     )
@@ -326,10 +361,19 @@ def main(
         trainer.units_phase(recordings)
     if phase in ("joint", "all"):
         trainer.joint_phase(recordings)
+    if phase in ("sharpen", "all"):
+        trainer.sharpen_phase(recordings)
     if evaluate:
         result = measure(trainer.folder / FOLDER, work, voice, evaluate, trainer.folder / "spoken")
         result["minutes"] = trainer.done.minutes
         log.info("%s: %s", write_report(result, work), result)
+
+
+def _save_adversary(adversary: Adversary, path: Path) -> None:
+    state = {"judges": adversary.state_dict(), "optimizer": adversary.optimizer.state_dict()}
+    part = path.with_suffix(".part")
+    torch.save(state, part)
+    part.replace(path)
 
 
 def _log_to(path: Path) -> None:

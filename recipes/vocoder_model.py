@@ -15,7 +15,7 @@ from stages.hifigan import UnitHiFiGAN, VocoderConfig, official_state
 FOLDER = "hifigan_spiritlm_expressive_w2v2"
 MELS = 80
 CONTEXT = 4  # frames either side that the stages below 125 Hz see around a crop
-PHASES = ("mel", "units", "joint")
+PHASES = ("mel", "units", "joint", "sharpen")
 
 CONFIG: dict[str, Any] = {
     "resblock": "1",

@@ -11,6 +11,7 @@ import soundfile
 import torch
 
 from recipes import vocoder as recipe
+from recipes.vocoder_adversary import Adversary
 from recipes.vocoder_data import HOP, Crops, attach, load_recordings, run_starts
 from recipes.vocoder_durations import run_lengths, train_durations
 from recipes.vocoder_loss import FrameMel, SpectralLoss
@@ -111,7 +112,7 @@ def test_durations_are_learnt_and_calibrated(tmp_path: Path) -> None:
 def test_training_ships_a_checkpoint_that_speaks_and_resumes(tmp_path: Path) -> None:
     work, ship = fake_corpus(tmp_path / "work"), tmp_path / "ship"
     options = {"work": work, "mel_minutes": 0.03, "unit_minutes": 0.03, "ship": ship}
-    options |= {"duration_steps": 20, "evaluate": 0}
+    options |= {"duration_steps": 20, "evaluate": 0, "sharpen_minutes": 0.02}
     recipe.main(**options, minutes=0.03)
     vocoder = Vocoder.load(ship)
     assert (ship / "generator.pt").stat().st_size < 3.5e6
@@ -123,4 +124,21 @@ def test_training_ships_a_checkpoint_that_speaks_and_resumes(tmp_path: Path) -> 
     more = torch.load(work / "vocoder" / "state.pt", weights_only=True)
     assert more["steps"]["joint"] > state["steps"]["joint"]
     assert more["steps"]["mel"] == state["steps"]["mel"]
+    assert state["steps"]["sharpen"] > 0 and (work / "vocoder" / "adversary.pt").is_file()
     assert (work / "vocoder" / "train.log").read_text().count("resumed") == 1
+
+
+def test_judges_learn_to_tell_noise_from_a_tone_and_then_say_what_is_missing() -> None:
+    torch.manual_seed(0)
+    tone = 0.3 * torch.sin(torch.arange(6400) * 0.1).repeat(2, 1)
+    noise = 0.3 * torch.randn(2, 6400)
+    adversary = Adversary(width=4, lr=2e-3)
+    first = adversary.learn(noise, tone)
+    for _ in range(15):
+        last = adversary.learn(noise, tone)
+    assert last < 0.5 * first
+    made = noise.clone().requires_grad_()
+    assert adversary.convince(made, tone) > adversary.convince(tone, tone)
+    adversary.convince(made, tone).backward()
+    assert made.grad is not None and made.grad.abs().sum() > 0
+    assert all(p.grad is None or not p.requires_grad for p in adversary.parameters())

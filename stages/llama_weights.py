@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from stages.checkpoint import CheckpointError, check_tensor, load_json, load_state, require
-from stages.lm_linear import Dense, Linear, halved
+from stages.lm_linear import Dense, Linear, halved, scaled
 
 _FILES = (
     "model.safetensors.index.json",
@@ -135,13 +135,19 @@ class _Buffers:
 
 
 def load_llama(
-    folder: Path, device: torch.device, dtype: torch.dtype, halve: bool = True
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    halve: bool = True,
+    eight_bits: str | None = None,
 ) -> tuple[LlamaConfig, Weights]:
     """Read configuration and weights of the model in ``folder``.
 
     Args:
         halve: hold float32 matrices in 16 bits where that changes nothing
             (:func:`stages.lm_linear.halved`).
+        eight_bits: hold the matrices in 8 bits, in one of :data:`stages.lm_linear.FORMS`, which
+            does change something.
 
     Raises:
         CheckpointError: naming the file and the key that is missing, unexpected or of the wrong
@@ -170,11 +176,23 @@ def load_llama(
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(f"{source}: key {missing[0]!r}{more} missing from the checkpoint")
     targets.clear()
-    return config, _finished(buffers, halved if halve else lambda matrix: matrix)
+    return config, _finished(buffers, _form_of_matrices(halve, eight_bits))
+
+
+def _form_of_matrices(halve: bool, eight_bits: str | None) -> Callable[[Dense], Linear]:
+    """What makes of a matrix the form in which it is held; see :func:`load_llama`."""
+    if eight_bits is not None:
+        form = eight_bits
+        return lambda matrix: scaled(matrix, form)
+    return halved if halve else lambda matrix: matrix
 
 
 def random_llama(
-    config: LlamaConfig, device: torch.device, dtype: torch.dtype, seed: int = 0
+    config: LlamaConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int = 0,
+    eight_bits: str | None = None,
 ) -> Weights:
     """Weights of the shape of ``config`` with random numbers, scaled to keep a stream's size."""
     buffers = _allocate(config, device, dtype)
@@ -184,7 +202,7 @@ def random_llama(
             tensor.fill_(0.0 if key.endswith(".bias") else 1.0)
         else:
             tensor.normal_(0, tensor.shape[1] ** -0.5, generator=generator)
-    return _finished(buffers, lambda matrix: matrix)
+    return _finished(buffers, _form_of_matrices(False, eight_bits))
 
 
 def _rope(raw: Mapping[str, Any], path: Path) -> tuple[float, float]:

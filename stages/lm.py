@@ -92,13 +92,7 @@ class LanguageModel:
         """Wrap loaded weights; ``capacity`` (tokens) defaults to the model's positions, at most
         4096; ``engine`` to the fastest for where the weights are. Raises :class:`ValueError` if
         the capacity exceeds the positions the model knows."""
-        if capacity is None:
-            capacity = min(config.max_positions, _DEFAULT_CAPACITY)
-        if not 0 < capacity <= config.max_positions:
-            raise ValueError(
-                f"capacity {capacity}: the model has positions for 1 to {config.max_positions} "
-                "tokens (max_position_embeddings in config.json)"
-            )
+        capacity = _capacity(config, capacity)
         self.config = config
         self.capacity = capacity
         self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
@@ -114,22 +108,44 @@ class LanguageModel:
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
         capacity: int | None = None,
+        streams: int = 1,
+        eight_bits: str | None = None,
     ) -> LanguageModel:
         """Load the language model of ``layout``, or of a folder with ``config.json`` and weights.
 
         Args:
             dtype: by default float32 on the CPU, bfloat16 elsewhere.
             capacity: tokens of the key-value cache.
+            streams: on a GPU, for how many streams there is to be room; they are decoded together
+                (:mod:`stages.lm_batch`), and :meth:`another` gives the others. With 1, and on a
+                CPU, every stream is run by itself, and there may be any number.
+            eight_bits: on a GPU, "int8" or "fp8": half of the memory, faster, not the same.
 
         Raises:
             CheckpointError: naming the file and the key that is missing or wrong.
+            ValueError: ``eight_bits`` is no form of a matrix, or is meant for a CPU.
         """
         device = torch.device(device)
+        if eight_bits is not None and device.type != "cuda":
+            raise ValueError(f"8-bit weights ({eight_bits}) are for a GPU, not for {device}")
         if dtype is None:
             dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         folder = layout.lm if isinstance(layout, Layout) else Path(layout)
-        config, weights = load_llama(folder, device, dtype)
+        config, weights = load_llama(folder, device, dtype, eight_bits=eight_bits)
+        if streams > 1 and device.type == "cuda":
+            return cls.shared(config, weights, capacity, streams)
         return cls(config, weights, capacity)
+
+    @classmethod
+    def shared(
+        cls, config: LlamaConfig, weights: Weights, capacity: int | None, streams: int
+    ) -> LanguageModel:
+        """One of ``streams`` streams that are decoded together."""
+        from stages.lm_batch import SharedDecoder
+
+        capacity = _capacity(config, capacity)
+        decoder = SharedDecoder(config, weights, capacity, streams)
+        return cls(config, weights, capacity, decoder.stream())
 
     @property
     def vocab_size(self) -> int:
@@ -256,6 +272,16 @@ class LanguageModel:
     def _feed(self, start: int) -> None:
         self._engine.feed(self._ids[start:], start)
         self._fed = self.length
+
+
+def _capacity(config: LlamaConfig, wanted: int | None) -> int:
+    capacity = min(config.max_positions, _DEFAULT_CAPACITY) if wanted is None else wanted
+    if not 0 < capacity <= config.max_positions:
+        raise ValueError(
+            f"capacity {capacity}: the model has positions for 1 to {config.max_positions} "
+            "tokens (max_position_embeddings in config.json)"
+        )
+    return capacity
 
 
 def _engine(config: LlamaConfig, weights: Weights, capacity: int) -> Engine:

@@ -202,8 +202,8 @@ def usable(device: torch.device) -> bool:
 def disagreement(device: torch.device) -> str:
     """Where a small random network in float32 differs between kernels and PyTorch; empty if
     nowhere."""
-    weights = random_llama(_SMALL, device, torch.float32)
-    plain, fast = (kind(_SMALL, weights, 96, 2, 64) for kind in (StaticNetwork, TritonNetwork))
+    weights = random_llama(SMALL, device, torch.float32)
+    plain, fast = (kind(SMALL, weights, 96, 2, 64) for kind in (StaticNetwork, TritonNetwork))
     ids = torch.arange(3, 43).tolist()
     draws = [Sampling(seed=1), Sampling(0.7, 0.8, seed=2, top_k=9)]
     for slot in range(2):
@@ -227,7 +227,7 @@ def disagreement(device: torch.device) -> str:
     return ""
 
 
-_SMALL = LlamaConfig(
+SMALL = LlamaConfig(
     vocab_size=200,
     hidden=96,
     intermediate=160,

@@ -18,9 +18,10 @@ LEVEL = 0.07  # RMS, that of the corpus
 
 @dataclass(frozen=True, eq=False)
 class Utterance:
-    """A recording: float32 ``[n]`` at 16 kHz, and its words where they are known."""
+    """A recording: float32 ``[n]`` at 16 kHz, who speaks, and the words where they are known."""
 
     wave: np.ndarray
+    speaker: str
     text: str = ""
 
     @property
@@ -46,8 +47,9 @@ def spoken(texts: Sequence[str], voices: Sequence[str], seed: int = 0) -> list[U
     """
     out = []
     for number, text in enumerate(texts):
-        wave = speak(text, voices[number % len(voices)], seed=seed + number).wave
-        out.append(Utterance(_levelled(wave), text))
+        voice = voices[number % len(voices)]
+        wave = speak(text, voice, seed=seed + number).wave
+        out.append(Utterance(_levelled(wave), voice, text))
     return out
 
 
@@ -66,7 +68,7 @@ def person(count: int, shortest: float, longest: float, seed: int = 0) -> list[U
     for path in paths:
         wave = decode_audio(str(path), sampling_rate=SAMPLE_RATE)
         if shortest <= len(wave) / SAMPLE_RATE <= longest:
-            found.append(Utterance(_levelled(np.asarray(wave, np.float32))))
+            found.append(Utterance(_levelled(np.asarray(wave, np.float32)), "person"))
         if len(found) == count:
             break
     return found

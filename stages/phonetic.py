@@ -134,6 +134,10 @@ class PhoneticEncoder:
             )
         return cls(PhoneticNetwork(hubert, quantizer), window, device, graph)
 
+    def through(self, window: Window | None) -> PhoneticEncoder:
+        """The same network listening through another window, or to whole utterances."""
+        return PhoneticEncoder(self.network, window, self.device, self._graph)
+
     def frames(self, samples: int) -> int:
         """Unit frames of an utterance of ``samples`` samples."""
         return samples // self.hop if self.window else self.network.hubert.frames(samples)

@@ -50,6 +50,44 @@ class Sound:
         return self.between(0, self.length)
 
 
+class PitchListener:
+    """Names the pitch units of a growing piece of sound, against the mean F0 so far.
+
+    ``mean``: in Hz, to measure against instead.
+    """
+
+    def __init__(
+        self, pitch: PitchEncoder, window: Window = PITCH, mean: float | None = None
+    ) -> None:
+        self._pitch, self._window, self._mean = pitch, window, mean
+        self._named = 0
+        self._sum, self._count = 0.0, 0  # of F0 over the voiced frames so far
+
+    def listen(self, sound: Sound) -> list[int]:
+        """The units that are new."""
+        pitch, hop = self._pitch, self._pitch.code_hop
+        total = sound.length // hop
+        new: list[int] = []
+        for first, end in self._window.spans(self._named, self._window.ready(total)):
+            low, high = self._window.seen(first, total)
+            f0, vuv = pitch.f0(sound.between(low * hop, high * hop), allow_unvoiced=True)
+            frames = slice((first - low) * hop // pitch.hop, (end - low) * hop // pitch.hop)
+            voiced = vuv[frames] > 0
+            self._sum += float(f0[frames][voiced].sum())
+            self._count += int(voiced.sum())
+            mean = self._sum / self._count if self._count else None
+            codes = pitch.codes_of(pitch.remove_mean(f0, vuv, self._mean or mean))
+            new += codes[first - low : end - low].tolist()
+        self._named += len(new)
+        return new
+
+
+def style_of(style: StyleEncoder, sound: Sound, second: int, past: int = STYLE_PAST) -> int:
+    """The style of a complete ``second``, from that many seconds of ``past``, itself included."""
+    end = (second + 1) * SAMPLE_RATE
+    return int(style.units(sound.between(max(0, end - past * SAMPLE_RATE), end))[-1])
+
+
 class Listener:
     """Names the units of a growing piece of sound.
 
@@ -62,13 +100,12 @@ class Listener:
     def __init__(
         self, phonetic: PhoneticEncoder, pitch: PitchEncoder | None, style: StyleEncoder | None
     ) -> None:
-        self._phonetic, self._pitch, self._style = phonetic, pitch, style
+        self._phonetic, self._style = phonetic, style
+        self._pitch = PitchListener(pitch) if pitch is not None else None
         self._window = phonetic.window or LISTENING
         self.sound = Sound()
         self.codes = np.zeros(0, np.int64)
-        expressive = pitch is not None
-        self.units = Units([], [], []) if expressive else Units([])
-        self._f0_sum, self._f0_count = 0.0, 0  # over the voiced frames so far
+        self.units = Units([], [], []) if pitch is not None else Units([])
 
     @property
     def phonetic_final(self) -> bool:
@@ -90,9 +127,10 @@ class Listener:
             return new
         new.hubert = self._without_blanks()
         if self._pitch is not None:
-            new.pitch = self._measure_pitch(self._pitch)
+            new.pitch = self._pitch.listen(self.sound)
         if self._style is not None:
-            new.style = self._judge_style(self._style)
+            seconds = range(len(self.units.style or ()), self.sound.length // SAMPLE_RATE)
+            new.style = [style_of(self._style, self.sound, second) for second in seconds]
         self.units += new
         return new
 
@@ -133,28 +171,3 @@ class Listener:
             last = last if code == self._phonetic.blank else code
             out.append(last)
         return out
-
-    def _measure_pitch(self, pitch: PitchEncoder) -> list[int]:
-        hop, start = pitch.code_hop, len(self.units.pitch or ())
-        ready = PITCH.ready(self.sound.length // hop)
-        new: list[int] = []
-        for first, end in PITCH.spans(start, ready):
-            low, high = PITCH.seen(first, self.sound.length // hop)
-            f0, vuv = pitch.f0(self.sound.between(low * hop, high * hop), allow_unvoiced=True)
-            frames = slice((first - low) * hop // pitch.hop, (end - low) * hop // pitch.hop)
-            voiced = vuv[frames] > 0
-            self._f0_sum += float(f0[frames][voiced].sum())
-            self._f0_count += int(voiced.sum())
-            mean = self._f0_sum / self._f0_count if self._f0_count else None
-            codes = pitch.codes_of(pitch.remove_mean(f0, vuv, mean))
-            new += codes[first - low : end - low].tolist()
-        return new
-
-    def _judge_style(self, style: StyleEncoder) -> list[int]:
-        """The style of each second that is complete."""
-        new: list[int] = []
-        for second in range(len(self.units.style or ()), self.sound.length // SAMPLE_RATE):
-            end = (second + 1) * SAMPLE_RATE
-            past = self.sound.between(max(0, end - STYLE_PAST * SAMPLE_RATE), end)
-            new.append(int(style.units(past)[-1]))
-        return new

@@ -41,6 +41,18 @@ PROPER = frozenset(
     "Stockholm Christmas Easter Anna Ben Carla David Emma Frank George Helen Jack Julia Kevin "
     "Laura Maria Oscar Peter Robert Sarah Susan Thomas Victor".split()
 )
+IMPERATIVE = frozenset(
+    "add ask be begin bring calculate carry change charge check clean close come count dance do "
+    "double drive drop explain fetch find follow get give go grab guess hand head help hold keep "
+    "lay leave lift light list listen look lower make mix move name nod open pass pick place play "
+    "press pull push put raise read repeat roll rotate run say search set shake shine show sing "
+    "sit speak spell spin stand start stay stop switch take talk tell throw turn wait walk wash "
+    "watch wave whisper".split()
+)
+_BEFORE = re.compile(
+    r"^(hey nano|nano|okay|excuse me|please|(can|could|would|will) you|can you please) (?=\w)"
+)
+_AFTER = re.compile(r" (nano|now please|please)$")
 CAPITALS = {word.lower(): word for word in PROPER} | {"i": "I"}
 
 
@@ -103,6 +115,82 @@ def _computed_tables() -> dict[str, Table]:
     count = {words[n]: {"list": ", ".join(words[1 : n + 1])} for n in range(3, 11)}
     double = {words[n]: {"answer": words[2 * n]} for n in range(1, 13)}
     return {"plus": plus, "minus": minus, "number": number, "count": count, "double": double}
+
+
+def later_tables() -> dict[str, Table]:
+    """Computed slot tables of the later files: more sums, comparisons, the clock, mixed colors."""
+    words = [number_words(n) for n in range(101)]
+    return {
+        "sum": _sums((a, b) for a in range(11, 21) for b in range(1, 11)),
+        "diff": {
+            f"{words[a]} minus {words[b]}": {"a": words[a], "b": words[b], "answer": words[a - b]}
+            for a in range(11, 21)
+            for b in range(1, 11)
+        },
+        "times": {
+            f"{words[a]} times {words[b]}": {"a": words[a], "b": words[b], "answer": words[a * b]}
+            for a in range(3, 11)
+            for b in range(3, 11)
+        },
+        "divide": {
+            f"{words[a * b]} divided by {words[b]}": {
+                "a": words[a * b], "b": words[b], "answer": words[a],
+            }
+            for a in range(2, 11)
+            for b in range(2, 6)
+        },
+        "half": {words[2 * n]: {"answer": words[n]} for n in range(1, 13)},
+        "parity": {words[n]: {"kind": ("even", "odd")[n % 2]} for n in range(1, 21)},
+        "pair": _pairs(words[1:21]),
+        "sizes": _pairs("bee mouse cat goat horse elephant whale".split()),
+        "later": _clock(words),
+        "mix": _mixed_colors(),
+    }  # fmt: skip
+
+
+def _sums(pairs: Iterable[tuple[int, int]]) -> Table:
+    named = ((number_words(a), number_words(b), number_words(a + b)) for a, b in pairs)
+    return {f"{a} plus {b}": {"a": a, "b": b, "answer": answer} for a, b, answer in named}
+
+
+def _pairs(names: list[str]) -> Table:
+    """Two of ``names``, which grow, in either order: ``more`` is the later one."""
+    return {
+        f"{names[a]} {names[b]}": {
+            "a": names[a], "b": names[b], "more": names[max(a, b)], "less": names[min(a, b)],
+        }
+        for a in range(len(names))
+        for b in range(len(names))
+        if a != b
+    }  # fmt: skip
+
+
+def _clock(words: list[str]) -> Table:
+    """Full hours and what the clock says one to five hours later."""
+    return {
+        f"{words[now]} {words[more]}": {
+            "now": words[now],
+            "more": f"{words[more]} hour{'s' if more > 1 else ''}",
+            "then": words[(now + more - 1) % 12 + 1],
+        }
+        for now in range(1, 13)
+        for more in range(1, 6)
+    }
+
+
+def _mixed_colors() -> Table:
+    made = {
+        ("blue", "yellow"): "green",
+        ("red", "yellow"): "orange",
+        ("red", "blue"): "purple",
+        ("red", "white"): "pink",
+        ("black", "white"): "gray",
+    }
+    return {
+        f"{a} and {b}": {"color": color}
+        for pair, color in made.items()
+        for a, b in (pair, pair[::-1])
+    }
 
 
 def parse_grammar(text: str) -> tuple[dict[str, Table], list[Intent]]:
@@ -215,6 +303,31 @@ def courtesies(text: str, polite: bool) -> list[str]:
         return [*forms, f"okay, {text}", f"excuse me, {text}", f"{plain} nano?"]
     forms += [f"please {plain}", f"{plain} please"]
     if words[0] not in {"let", "show"}:
+        forms += [f"can you {plain}?", f"could you {plain}?", f"could you please {plain}?"]
+    return forms
+
+
+def bare(text: str) -> str:
+    """A transcript without the courtesies that any request may get."""
+    while (less := _BEFORE.sub("", _AFTER.sub("", text))) != text:
+        text = less
+    return text
+
+
+def addressed(text: str, polite: bool) -> list[str]:
+    """The same request with a name or a courtesy, as its first word allows.
+
+    Unlike :func:`courtesies` it takes only known verbs for commands, whatever a phrasing begins
+    with; that one stays as it is because recordings were drawn with it.
+    """
+    plain, words = text.rstrip("?"), transcript(text).split()
+    if {"please", "nano", "robot", "pardon"} & set(words):
+        return []
+    forms = [f"nano, {text}", f"hey nano, {text}"]
+    if words[0] in QUESTION:
+        forms += [f"okay, {text}", f"excuse me, {text}", f"{plain} nano?"]
+    elif polite and words[0] in IMPERATIVE:
+        forms += [f"please {plain}", f"{plain} please", f"{plain} now please"]
         forms += [f"can you {plain}?", f"could you {plain}?", f"could you please {plain}?"]
     return forms
 

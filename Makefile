@@ -37,6 +37,7 @@ $(RUN): pyproject.toml constraints.txt | $(BIN)/python
 $(DEV): pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(PIP) install --quiet --no-deps torchfcpe==0.0.4
+	$(PIP) install --quiet --no-deps speechmos==0.0.1.1
 	-$(PIP) install --quiet --no-deps pipecat-ai==1.14.0  # Python 3.11 and later; its tests skip
 	touch $@ $(RUN)
 

@@ -11,7 +11,7 @@ import numpy as np
 import soundfile
 import torch
 
-from recipes.scoring import Recognizer, word_errors
+from recipes.scoring import Quality, Recognizer, word_errors
 from recipes.vocoder_data import Recording, load_recordings
 from stages.vocoder import Frames, Vocoder
 
@@ -29,11 +29,12 @@ def measure(
         keep: where to write the first three waves of each kind.
 
     Returns:
-        ``{"domain": {"wer", "n", ...}, "domain_predicted": ..., "book": ..., "rtf"}``; ``rtf`` is
+        ``{"domain": {"wer", "n", "quality", ...}, "domain_predicted": ..., "book": ..., "rtf"}``;
+        ``quality`` is the mean DNSMOS of the speech and, beside it, of the recordings; ``rtf`` is
         seconds of computing per second of speech on one thread.
     """
     torch.set_num_threads(1)
-    vocoder, judge = Vocoder.load(folder), Recognizer()
+    vocoder, judge, quality = Vocoder.load(folder), Recognizer(), Quality()
     recordings = load_recordings(work, voice, "heldout")
     result: dict[str, Any] = {}
     spent, spoken = 0.0, 0.0
@@ -41,17 +42,23 @@ def measure(
         chosen = [r for r in recordings if r.role in roles]
         chosen = chosen[:: max(1, len(chosen) // count)][:count]
         for way in ("", "_predicted"):
-            heard = []
+            heard, scores = [], []
             for number, recording in enumerate(chosen):
                 begun = time.perf_counter()
                 wave = _speak(vocoder, recording, predicted=bool(way))
                 spent += time.perf_counter() - begun
                 spoken += len(wave) / 16000
                 heard.append(judge.hear(wave))
+                scores.append(quality.score(wave)["overall"])
                 if keep is not None and number < 3:
                     keep.mkdir(parents=True, exist_ok=True)
                     soundfile.write(keep / f"{name}{way}_{number}.wav", wave, 16000)
             result[name + way] = word_errors([r.text for r in chosen], heard)
+            real = [quality.score(r.wave / np.float32(32768))["overall"] for r in chosen]
+            result[name + way] |= {
+                "quality": round(float(np.mean(scores)), 2),
+                "quality_of_recordings": round(float(np.mean(real)), 2),
+            }
     result["rtf"] = round(spent / max(spoken, 1e-9), 4)
     return result
 

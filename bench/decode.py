@@ -33,13 +33,33 @@ from stages.lm import Engine, LanguageModel, Sampling
 from stages.lm_torch import TorchEngine
 
 NANO = Path("checkpoints/nano/spiritlm_model/spirit-lm-nano")
-CONTEXTS = (64, 256, 900)
 _GREEDY = Sampling(greedy=True)
-STEPS = 24  # tokens of one measurement
 SHAPES = {
     "30M": {"hidden": 512, "intermediate": 1408, "layers": 8, "heads": 8, "vocabulary": 8192},
     "60M": {"hidden": 768, "intermediate": 2048, "layers": 8, "heads": 12, "vocabulary": 8192},
 }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured.
+
+    Attributes:
+        contexts: tokens before those that are decoded, ascending.
+        steps: tokens that are decoded.
+        prefills: tokens of a prompt.
+        kept: tokens left by a rewind, after which 20 are appended.
+    """
+
+    contexts: tuple[int, ...] = (64, 256, 900)
+    steps: int = 24
+    prefills: tuple[int, ...] = (50, 200)
+    kept: int = 300
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that a model must have room for."""
+        return max(self.contexts[-1] + self.steps + 1, *self.prefills, self.kept + 20)
 
 
 @dataclass
@@ -56,17 +76,23 @@ class Candidate:
     decode: Callable[[list[int], int], tuple[list[int], float]]
 
 
-def of_engine(name: str, engine: Engine) -> Candidate:
+def of_engine(
+    name: str, engine: Engine, sampling: Sampling = _GREEDY, mask: Tensor | None = None
+) -> Candidate:
     def prefill(ids: Sequence[int], start: int) -> None:
         engine.feed(ids, start)
+        engine.logits()  # once they are there
 
     def decode(context: list[int], count: int) -> tuple[list[int], float]:
-        engine.feed(context, 0)
+        prefill(context, 0)
         tokens: list[int] = []
         begin = time.perf_counter()
-        for at in range(len(context), len(context) + count):
-            tokens.append(engine.decode(tokens[-1:], at if not tokens else at - 1, _GREEDY, None))
+        for length in range(len(context), len(context) + count):
+            ahead = engine.held == length
+            last, start = ([], length) if ahead else (tokens[-1:], length - 1)
+            tokens.append(engine.decode(last, start, sampling, mask))
         engine.feed(tokens[-1:], len(context) + count - 1)
+        engine.logits()
         return tokens, time.perf_counter() - begin
 
     return Candidate(name, prefill, decode)
@@ -78,7 +104,7 @@ def of_hugging_face(model: LlamaForCausalLM) -> Candidate:
     generate_ids: Callable[..., Tensor] = getattr(model, "generate")  # noqa: B009
 
     def generate(context: list[int], count: int) -> tuple[list[int], float]:
-        ids = torch.tensor([context])
+        ids = torch.tensor([context], device=model.device)
         begin = time.perf_counter()
         out = generate_ids(
             ids,
@@ -93,7 +119,7 @@ def of_hugging_face(model: LlamaForCausalLM) -> Candidate:
 
     def prefill(ids: Sequence[int], start: int) -> None:
         with torch.inference_mode():
-            model(torch.tensor([list(ids)]), logits_to_keep=1)
+            model(torch.tensor([list(ids)], device=model.device), logits_to_keep=1).logits.cpu()
 
     def decode(context: list[int], count: int) -> tuple[list[int], float]:
         _, first = generate(context, 1)
@@ -135,33 +161,37 @@ def candidates(folder: Path) -> tuple[list[Candidate], dict[str, Any]]:
     ], facts
 
 
-def compare(folder: Path, rounds: int) -> dict[str, Any]:
+def agree(ways: Sequence[Candidate], context: list[int], count: int) -> None:
+    """Raises :class:`RuntimeError` if two candidates decode different tokens."""
+    expected = ways[0].decode(context, count)[0]
+    for way in ways[1:]:
+        if way.decode(context, count)[0] != expected:
+            raise RuntimeError(f"{way.name} decodes other tokens than {ways[0].name}")
+
+
+def compare(
+    ways: Sequence[Candidate], ids: list[int], rounds: int, plan: Plan, eager: str
+) -> dict[str, Any]:
     """Medians over ``rounds``, in each of which every candidate has its turn at everything.
 
-    Raises:
-        RuntimeError: two candidates decode different tokens.
+    Args:
+        ids: as many as the plan wants.
+        eager: the name of the candidate that the first one is compared with.
     """
-    ways, report = candidates(folder)
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, 1900, (CONTEXTS[-1] + 64,), generator=generator).tolist()
-    expected = ways[1].decode(ids[:32], STEPS)[0]
-    for way in ways:
-        if way.decode(ids[:32], STEPS)[0] != expected:
-            raise RuntimeError(f"{folder.name}: {way.name} decodes other tokens than eager PyTorch")
     times: dict[str, dict[str, list[float]]] = {way.name: {} for way in ways}
     for _ in range(rounds):
-        for what, measure in _measures(ids).items():
+        for what, measure in _measures(ids, plan).items():
             for way in ways:
                 value = measure(way)
                 if value is not None:
                     times[way.name].setdefault(what, []).append(value)
-    report["medians"] = {
+    medians = {
         name: {what: round(median(values), 2) for what, values in of.items()}
         for name, of in times.items()
     }
-    used, eager = (times[way.name] for way in ways[:2])
-    report["times_eager"] = {what: round(_ratio(what, used[what], eager[what]), 2) for what in used}
-    return report
+    used, other = times[ways[0].name], times[eager]
+    faster = {what: round(_ratio(what, used[what], other[what]), 2) for what in used}
+    return {"medians": medians, "times_eager": faster}
 
 
 def _ratio(what: str, used: list[float], eager: list[float]) -> float:
@@ -170,9 +200,9 @@ def _ratio(what: str, used: list[float], eager: list[float]) -> float:
     return median(faster) if what.startswith("tokens/s") else 1 / median(faster)
 
 
-def _measures(ids: list[int]) -> dict[str, Callable[[Candidate], float | None]]:
+def _measures(ids: list[int], plan: Plan) -> dict[str, Callable[[Candidate], float | None]]:
     def speed(context: int) -> Callable[[Candidate], float | None]:
-        return lambda way: STEPS / way.decode(ids[:context], STEPS)[1]
+        return lambda way: plan.steps / way.decode(ids[:context], plan.steps)[1]
 
     def prefill(start: int, count: int) -> Callable[[Candidate], float | None]:
         def measure(way: Candidate) -> float | None:
@@ -187,11 +217,15 @@ def _measures(ids: list[int]) -> dict[str, Callable[[Candidate], float | None]]:
         return measure
 
     return {
-        **{f"tokens/s at {context}": speed(context) for context in CONTEXTS},
-        "prefill 50, ms": prefill(0, 50),
-        "prefill 200, ms": prefill(0, 200),
-        "rewind to 300 + append 20, ms": prefill(300, 20),
+        **{f"tokens/s at {context}": speed(context) for context in plan.contexts},
+        **{f"prefill {count}, ms": prefill(0, count) for count in plan.prefills},
+        f"rewind to {plan.kept} + append 20, ms": prefill(plan.kept, 20),
     }
+
+
+def random_ids(count: int) -> list[int]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(3, 1900, (count,), generator=generator).tolist()
 
 
 def show(console: Console, name: str, report: dict[str, Any]) -> None:
@@ -216,6 +250,7 @@ def main(
     logging.disable_progress_bar()
     console = Console(width=120)
     report: dict[str, Any] = about("decode", ["torch", "transformers"])
+    plan = Plan()
     report |= {"threads": threads, "rounds": rounds, "models": {}}
     with TemporaryDirectory() as temporary:
         for name in ["nano", *SHAPES]:
@@ -225,7 +260,10 @@ def main(
             if name != "nano":
                 folder = Path(temporary) / name
                 random_model(folder, SHAPES[name])
-            report["models"][name] = compare(folder, rounds)
+            ways, facts = candidates(folder)
+            ids = random_ids(plan.tokens)
+            agree(ways, ids[:32], plan.steps)
+            report["models"][name] = facts | compare(ways, ids, rounds, plan, "eager PyTorch")
             show(console, name, report["models"][name])
     report["load_average_after"] = round(os.getloadavg()[0], 2)
     console.print(

@@ -1,7 +1,7 @@
 """The Triton kernels: they compile for the GPUs they are meant for, and compute what PyTorch does.
 
 Triton is not among what the project installs on a machine without a GPU: without it these tests
-skip. With it they need no GPU: with ``TRITON_INTERPRET=1`` in the environment the kernels run on the
+skip. With it they need no GPU: with ``TRITON_INTERPRET=1`` in the environment they run on the
 CPU (Triton 3.6 does so with numpy older than 2.4), otherwise they are compiled for Hopper.
 """
 

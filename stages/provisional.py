@@ -17,13 +17,22 @@ from stages.style import StyleEncoder
 from stages.units import Units
 
 LISTENING = Window(chunk=12, left=60, right=8)
-"""How a network made for whole utterances is listened with meanwhile, in unit frames of 40 ms."""
+"""How a network made for whole utterances is listened with meanwhile, in unit frames of 40 ms.
+
+From ``python -m bench.agreement`` (nano's network, which was not made for whole utterances, against
+listening to them): 83 % of frames agree, half the left context costs six points, half the
+look-ahead five; twice the chunk gains four and makes a frame wait half a second longer.
+"""
 
 PITCH = Window(chunk=12, left=12, right=4)
-"""The same for pitch, in pitch units of 80 ms."""
+"""The same for pitch, in pitch units of 80 ms.
+
+The best of those measured, and poor: 48 % agree, for the mean F0 so far is not that of the whole.
+Were that known, 94 % would.
+"""
 
 STYLE_PAST = 3
-"""Seconds of sound that a style is judged from."""
+"""Seconds of sound that a style is judged from: 91 % agree, no more with five, 82 % with two."""
 
 
 class Sound:

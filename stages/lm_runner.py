@@ -71,7 +71,7 @@ class Runner:
             part = ids[at : at + PREFILL_ROWS[-1]]
             size = next(n for n in PREFILL_ROWS if n >= len(part))
             rows = [Row(i, slot, start + at + j) for j, i in enumerate(part)]
-            with self._on_stream():
+            with self.on_stream():
                 self._send([self.network.padding()] * (size - len(part)) + rows)
                 self._run("prefill", size, self._span(self._spans, rows))
             at += len(part)
@@ -96,7 +96,7 @@ class Runner:
     @torch.inference_mode()
     def logits(self, slot: int) -> Tensor:
         """The logits of ``slot``, float32 ``[vocabulary]``: a copy."""
-        with self._on_stream():
+        with self.on_stream():
             copy = self.network.logits[slot].clone()
         if self._cuda:
             self._stream.synchronize()
@@ -111,7 +111,7 @@ class Runner:
         """
         if self._masks[slot].is_for(mask):
             return False
-        with self._on_stream():
+        with self.on_stream():
             if mask is None:
                 self.network.banned[slot].fill_(False)
             else:
@@ -122,7 +122,7 @@ class Runner:
 
     def _launch(self, kind: str, rows: Sequence[Row], span: int) -> None:
         size = next(n for n in self._batches if n >= len(rows))
-        with self._on_stream():
+        with self.on_stream():
             self._send([*rows, *[self.network.padding()] * (size - len(rows))])
             self._run(kind, size, span)
             self._ids[:size].copy_(self.network.picked[:size], non_blocking=True)
@@ -162,7 +162,7 @@ class Runner:
     def _captured(self, run: Callable[[], None], rows: int) -> torch.cuda.CUDAGraph:
         """``run`` once as it is, on padding, so that libraries and kernels are ready; then into a
         graph."""
-        with torch.inference_mode(), self._on_stream():
+        with torch.inference_mode(), self.on_stream():
             self._send([self.network.padding()] * rows)
             run()
         self._stream.synchronize()
@@ -184,7 +184,8 @@ class Runner:
         needed = max(row.position for row in rows) + 1
         return next(span for span in spans if span >= needed)
 
-    def _on_stream(self) -> contextlib.AbstractContextManager[object]:
+    def on_stream(self) -> contextlib.AbstractContextManager[object]:
+        """What is done inside comes after what was launched here, and before what will be."""
         return torch.cuda.stream(self._stream) if self._cuda else contextlib.nullcontext()
 
     def _host(self, rows: int, width: int, dtype: torch.dtype) -> Tensor:

@@ -148,11 +148,12 @@ def choose_rows(logits: Tensor, banned: Tensor, controls: Controls) -> Tensor:
     ascending = p.sort(-1).values
     last = p.shape[-1] - 1
     kth = ascending.gather(1, (last + 1 - controls.top_k.long()).clamp(0, last)[:, None])
-    p = torch.where((controls.top_k[:, None] > 0) & (p < kth), 0.0, p)
-    ascending = torch.where((controls.top_k[:, None] > 0) & (ascending < kth), 0.0, ascending)
+    limited = controls.top_k[:, None] > 0
+    p = p.masked_fill(limited & (p < kth), 0)
+    ascending = ascending.masked_fill(limited & (ascending < kth), 0)
     mass = ascending.cumsum(-1)
     cut = (mass <= (1 - controls.top_p[:, None]) * mass[:, -1:]).sum(-1, keepdim=True)
-    p = torch.where(p < ascending.gather(1, cut.clamp(max=last)), 0.0, p)
+    p = p.masked_fill(p < ascending.gather(1, cut.clamp(max=last)), 0)
     mass = p.cumsum(-1)
     drawn = (mass <= controls.draw[:, None] * mass[:, -1:]).sum(-1)
     drawn = torch.minimum(drawn, (mass < mass[:, -1:]).sum(-1))

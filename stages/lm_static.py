@@ -221,7 +221,7 @@ class StaticNetwork:
         by_head = qkv.view(len(qkv), heads + 2 * kv, self.config.head_dim)
         rotated = rotate(by_head[:, : heads + kv].float(), *rotary).to(self.dtype)
         positions = self.controls[: len(qkv), _POSITION].long()
-        places = torch.where(positions < 0, self.capacity, positions)
+        places = positions.masked_fill(positions < 0, self.capacity)
         index = (slots[:, None], torch.arange(kv, device=self.device)[None], places[:, None])
         cache[0].index_put_(index, rotated[:, heads:])
         cache[1].index_put_(index, by_head[:, heads + kv :])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stages.llama_weights import LlamaConfig, Weights, random_llama
 from stages.lm import CacheFullError, LanguageModel, Sampling
@@ -197,6 +198,37 @@ def test_padding_leaves_no_trace() -> None:
     assert torch.equal(network._cache[:, :, 1, :, :60], before[:, :, 1])
     assert torch.equal(network.logits[1], logits[1])
     assert network._cache[:, :, 0, :, 2:60].count_nonzero() == 0
+
+
+class Recorder(TorchDispatchMode):
+    """The operators that run, but for those on views; and whether one is given a number as a tensor
+    of the host, which a GPU would have to fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self.fetches: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        name = func.overloadpacket.__name__
+        self.names.add(name)
+        tensors = [a for a in args if isinstance(a, torch.Tensor)]
+        if name in ("where", "index_fill_") and any(t.dim() == 0 for t in tensors):
+            self.fetches.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_what_is_captured_never_asks_the_host(slots: int) -> None:
+    """A graph cannot wait for the host, or size a tensor by what it computed."""
+    network = StaticNetwork(SHAPE, WEIGHTS, 60, slots, PREFILL_ROWS[-1])
+    with Recorder() as recorded:
+        network.prefill(8, 60)
+        network.step(slots, 60)
+        network.choose(slots)
+    assert "index_put_" in recorded.names and "sort" in recorded.names
+    asking = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "lift_fresh", "item"}
+    assert not asking & recorded.names and not recorded.fetches
 
 
 @pytest.mark.parametrize("form", ["int8", "fp8"])

@@ -221,7 +221,8 @@ class _Reader:
             after = tuple(name.strip() for name in text.split(","))
             return replace(topic, after=(*topic.after, after))
         if sign == "*":
-            return self._from_list(topic, *text.split(maxsplit=1))
+            name, _, it = text.partition(" ")
+            return self._from_list(topic, name, it.strip())
         raise ValueError("a line begins with ==, >, ?, <, !, ^, *, @ or #")
 
     def _from_list(self, topic: Topic, name: str, it: str) -> Topic:
@@ -398,12 +399,10 @@ class _Drawer:
         self, topic: Topic, reading: str, split: str, rng: random.Random
     ) -> Example | None:
         """One example; None where the slots drawn have no answer, or too long a one."""
-        before, slots = self._earlier(topic, rng)
-        names = slot_names((*topic.train, *topic.heldout, *topic.replies, topic.action))
-        slots = {name: slots[name] for name in names if name in slots}
-        for name in names:
-            if name not in slots:
-                slots[name] = self._value(name, slots, topic.same, rng)
+        before, known = self._earlier(topic, rng)
+        slots: Slots = {}
+        for name in slot_names((*topic.train, *topic.heldout, *topic.replies, topic.action)):
+            slots[name] = known.get(name) or self._value(name, known | slots, topic.same, rng)
         try:
             text = put(reading, slots, self._tables)
             replies = tuple(say(reply, slots, self._tables) for reply in topic.replies)

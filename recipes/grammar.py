@@ -121,6 +121,7 @@ def later_tables() -> dict[str, Table]:
     """Computed slot tables of the later files: more sums, comparisons, the clock, mixed colors."""
     words = [number_words(n) for n in range(101)]
     return {
+        "plus": _sums((a, b) for a in range(1, 11) for b in range(1, 11)),
         "sum": _sums((a, b) for a in range(11, 21) for b in range(1, 11)),
         "diff": {
             f"{words[a]} minus {words[b]}": {"a": words[a], "b": words[b], "answer": words[a - b]}
@@ -149,8 +150,14 @@ def later_tables() -> dict[str, Table]:
 
 
 def _sums(pairs: Iterable[tuple[int, int]]) -> Table:
-    named = ((number_words(a), number_words(b), number_words(a + b)) for a, b in pairs)
-    return {f"{a} plus {b}": {"a": a, "b": b, "answer": answer} for a, b, answer in named}
+    """Sums with the number after the answer as ``more``."""
+    words = [number_words(n) for n in range(101)]
+    return {
+        f"{words[a]} plus {words[b]}": {
+            "a": words[a], "b": words[b], "answer": words[a + b], "more": words[a + b + 1],
+        }
+        for a, b in pairs
+    }  # fmt: skip
 
 
 def _pairs(names: list[str]) -> Table:

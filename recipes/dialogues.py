@@ -28,6 +28,7 @@ from recipes.grammar import (
     addressed,
     bare,
     common_words,
+    contracted,
     expand_choices,
     later_tables,
     number_words,
@@ -42,6 +43,8 @@ FOLDER = Path(__file__).parent
 FILES = tuple(FOLDER / f"domain_{name}.txt" for name in ("talk", "facts", "robot", "again"))
 ACTIONS = FOLDER / "actions.json"
 MOST = 300
+CONTRACTED = 0.2  # share of requests with "what's" for "what is", where they have it
+TRIES = 8  # fillings drawn for a phrasing until one has an answer
 LONGEST_REPLY = 12  # words
 Slots = dict[str, str]
 _SLOT = re.compile(r"\{(\w+)((?:\.\w+)*)(#?)\}")
@@ -97,7 +100,7 @@ class Example:
     before: tuple[Turn, ...] = ()
     action: dict[str, Any] | None = field(default=None, hash=False)
 
-    @property
+    @cached_property
     def transcript(self) -> str:
         return transcript(self.text)
 
@@ -325,6 +328,10 @@ class _Drawer:
         self._owners = self._claims("train")
         self._reserved = set(self._heldout_sentences())
         self._decks: dict[str, list[str]] = defaultdict(list)
+        self._slots = {
+            name: slot_names((*t.train, *t.heldout, *t.replies, t.action))
+            for name, t in topics.items()
+        }
 
     def _claims(self, split: str) -> dict[str, str]:
         """The intent that a phrasing belongs to: of several, the one that comes last."""
@@ -337,14 +344,25 @@ class _Drawer:
         }
 
     def _heldout_sentences(self) -> Iterator[str]:
-        """All that held-out phrasings can say, without courtesies."""
+        """All that held-out phrasings can say, bare; slots are put in last, which is fast."""
         for topic in self._topics.values():
             for pattern in (*topic.first, *topic.heldout):
-                names = slot_names([pattern])
-                fillings = itertools.product(*(self._tables[table_of(n)] for n in names))
-                filled = [dict(zip(names, values, strict=True)) for values in fillings]
-                for reading, slots in itertools.product(expand_choices(pattern), filled):
-                    yield bare(transcript(put(reading, slots, self._tables)))
+                slots = list(dict.fromkeys(m[0] for m in _SLOT.finditer(pattern)))
+                names = slot_names(slots)
+                marks = [f"zz{chr(97 + i)}" for i in range(len(slots))]
+                fillings = [
+                    [
+                        transcript(put(s, dict(zip(names, values, strict=True)), self._tables))
+                        for s in slots
+                    ]
+                    for values in itertools.product(*(self._tables[table_of(n)] for n in names))
+                ]
+                for reading in expand_choices(pattern):
+                    for slot, mark in zip(slots, marks, strict=True):
+                        reading = reading.replace(slot, mark)
+                    reading = bare(transcript(reading))
+                    for filled in fillings:
+                        yield _replaced(reading, marks, filled)
 
     def first_heldout(self) -> Iterator[Example]:
         """The held-out requests of the first layer; what a later intent says of them is added."""
@@ -390,8 +408,8 @@ class _Drawer:
         self._decks.clear()
         found: dict[tuple[Any, ...], Example] = {}
         for reading in _rounds(readings, count, rng):
-            made = self._example(topic, reading, split, rng)
-            if made is not None:
+            tries = (self._example(topic, reading, split, rng) for _ in range(TRIES))
+            if made := next(filter(None, tries), None):
                 found.setdefault((made.before, made.transcript), made)
         return list(found.values())
 
@@ -401,7 +419,7 @@ class _Drawer:
         """One example; None where the slots drawn have no answer, or too long a one."""
         before, known = self._earlier(topic, rng)
         slots: Slots = {}
-        for name in slot_names((*topic.train, *topic.heldout, *topic.replies, topic.action)):
+        for name in self._slots[topic.name]:
             slots[name] = known.get(name) or self._value(name, known | slots, topic.same, rng)
         try:
             text = put(reading, slots, self._tables)
@@ -413,6 +431,8 @@ class _Drawer:
             return None
         if rng.random() < ADDRESSED:
             text = rng.choice(addressed(text, topic.polite) or [text])
+        if rng.random() < CONTRACTED:
+            text = contracted(text)
         return Example(
             topic.name, say(text, {}, {}), tuple(sorted(slots.items())), replies, topic.style,
             split, before=before, action=action,
@@ -459,6 +479,12 @@ class _Drawer:
             return None
         action: dict[str, Any] = json.loads(put(topic.action, slots, self._tables))
         return action
+
+
+def _replaced(text: str, old: Sequence[str], new: Sequence[str]) -> str:
+    for before, after in zip(old, new, strict=True):
+        text = text.replace(before, after)
+    return text
 
 
 def _key(reading: str) -> str:
@@ -544,7 +570,7 @@ def words(world: Dialogues) -> Counter[str]:
 def _totals(world: Dialogues) -> Iterator[str]:
     train, heldout = world.split("train"), world.split("heldout")
     replies = {reply for e in world.examples for reply in e.replies}
-    yield "phrasings and examples of each; first: held-out phrasings of the first nano; *: important"
+    yield "phrasings and examples; first: phrasings held out of the first nano; *: important"
     yield (
         f"{len(world.topics)} intents, {sum(bool(t.after) for t in world.topics.values())} of them "
         f"follow-ups; {len(train)} training and {len(heldout)} held-out examples "

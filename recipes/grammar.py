@@ -14,7 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 HELDOUT_SHARE = 0.2
 
@@ -49,6 +49,17 @@ IMPERATIVE = frozenset(
     "sit speak spell spin stand start stay stop switch take talk tell throw turn wait walk wash "
     "watch wave whisper".split()
 )
+# How people say what is written out in the grammar, where another word follows.
+CONTRACTIONS = {
+    "i am": "i'm", "i will": "i'll", "it is": "it's", "that is": "that's", "what is": "what's",
+    "where is": "where's", "who is": "who's", "how is": "how's", "there is": "there's",
+    "you are": "you're", "we are": "we're", "let us": "let's", "do not": "don't",
+    "does not": "doesn't", "did not": "didn't", "is not": "isn't", "cannot": "can't",
+    "will not": "won't",
+}  # fmt: skip
+_LONG = re.compile(rf"\b({'|'.join(CONTRACTIONS)})(?= [a-z])", re.IGNORECASE)
+_SHORT = re.compile(rf"\b({'|'.join(CONTRACTIONS.values())})\b")
+_WRITTEN_OUT = {short: long for long, short in CONTRACTIONS.items()}
 _BEFORE = re.compile(
     r"^(hey nano|nano|okay|excuse me|please|(can|could|would|will) you|can you please) (?=\w)"
 )
@@ -70,6 +81,7 @@ def number_words(number: int) -> str:
     return f"{number_words(head)} {name}" + (f" {number_words(rest)}" if rest else "")
 
 
+@lru_cache(maxsize=1 << 16)
 def transcript(text: str) -> str:
     """Normalise a sentence: lower case, numbers as words, only letters, apostrophes and spaces."""
     text = text.replace("’", "'").replace("%", " percent ")
@@ -315,10 +327,21 @@ def courtesies(text: str, polite: bool) -> list[str]:
 
 
 def bare(text: str) -> str:
-    """A transcript without the courtesies that any request may get."""
+    """A transcript without what any request may get: courtesies, contractions, "an" for "a"."""
+    text = _SHORT.sub(lambda m: _WRITTEN_OUT[m[1]], text).replace(" an ", " a ")
     while (less := _BEFORE.sub("", _AFTER.sub("", text))) != text:
         text = less
     return text
+
+
+def contracted(text: str) -> str:
+    """A sentence as people say it: "what's your name?"."""
+
+    def short(match: re.Match[str]) -> str:
+        found = CONTRACTIONS[match[1].lower()]
+        return found.capitalize() if match[1][0].isupper() else found
+
+    return _LONG.sub(short, text)
 
 
 def addressed(text: str, polite: bool) -> list[str]:

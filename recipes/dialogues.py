@@ -326,6 +326,7 @@ class _Drawer:
         self._tables, self._topics, self._seed, self._most = tables, topics, seed, most
         self._drawn: dict[str, list[Example]] = {}
         self._owners = self._claims("train")
+        self._heldout_owners = self._claims("heldout")
         self._reserved = set(self._heldout_sentences())
         self._decks: dict[str, list[str]] = defaultdict(list)
         self._slots = {
@@ -365,19 +366,28 @@ class _Drawer:
                         yield _replaced(reading, marks, filled)
 
     def first_heldout(self) -> Iterator[Example]:
-        """The held-out requests of the first layer; what a later intent says of them is added."""
-        claims = self._claims("heldout")
-        for request in domain.build(0).requests:
-            if request.split != "heldout":
-                continue
-            owner = self._topics[claims.get(bare(request.transcript), request.intent)]
-            slots = dict(request.slots)
-            later = tuple(say(reply, slots, self._tables) for reply in owner.replies)
-            yield Example(
-                request.intent, request.text, request.slots,
-                tuple(dict.fromkeys((*later, *request.replies))), owner.style, "heldout",
-                added=False, action=self._action(owner, slots, ()),
-            )  # fmt: skip
+        """The held-out requests of the first layer."""
+        requests = (r for r in domain.build(0).requests if r.split == "heldout")
+        yield from filter(None, map(self.answered, requests))
+
+    def answered(self, request: domain.Request) -> Example | None:
+        """A request of the first layer; what a later intent says of it is added.
+
+        None where it was in training and a held-out phrasing can say it now.
+        """
+        heldout = request.split == "heldout"
+        said = bare(request.transcript)
+        if not heldout and said in self._reserved:
+            return None
+        claims = self._owners if not heldout else self._heldout_owners
+        owner = self._topics[claims.get(said, request.intent)]
+        slots = dict(request.slots)
+        later = tuple(say(reply, slots, self._tables) for reply in owner.replies)
+        return Example(
+            request.intent, request.text, request.slots,
+            tuple(dict.fromkeys((*later, *request.replies))), owner.style, request.split,
+            added=False, action=self._action(owner, slots, ()),
+        )  # fmt: skip
 
     def train(self, name: str) -> list[Example]:
         """Training examples of an intent; drawn once."""
@@ -430,7 +440,8 @@ class _Drawer:
         if any(len(transcript(reply).split()) > LONGEST_REPLY for reply in replies):
             return None
         if rng.random() < ADDRESSED:
-            text = rng.choice(addressed(text, topic.polite) or [text])
+            forms = addressed(text, topic.polite) or [text]
+            text = rng.choice(forms[:2] if before else forms)
         if rng.random() < CONTRACTED:
             text = contracted(text)
         return Example(
@@ -522,6 +533,17 @@ def load(seed: int = 0, most: int = MOST, files: Sequence[Path] = FILES) -> Dial
         for example in drawer.heldout(name):
             heldout.setdefault((example.before, example.transcript), example)
     return Dialogues([*train.values(), *heldout.values()], topics)
+
+
+def answered(
+    requests: Iterable[domain.Request], seed: int = 0, files: Sequence[Path] = FILES
+) -> list[Example]:
+    """Requests of the first layer as the whole domain answers them, with what they make it do.
+
+    Those of training that a held-out phrasing can say now are left out.
+    """
+    drawer = _Drawer(*read_topics(files), seed, MOST)
+    return list(filter(None, map(drawer.answered, requests)))
 
 
 # --------------------------------------------------------------------------------------- report

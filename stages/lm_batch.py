@@ -22,7 +22,7 @@ from stages.lm_sampling import Sampling
 from stages.lm_static import LAST_CHOSEN, Row, StaticNetwork
 
 WAIT_S = 0.005
-"""How long a token waits at most for those of other streams, in seconds."""
+"""How long a step waits for one more of the streams that have been decoding, in seconds."""
 
 
 class StreamsTakenError(RuntimeError):
@@ -169,11 +169,14 @@ class SharedDecoder:
         """The requests of the next step; none at the end."""
         with self._news:
             self._news.wait_for(lambda: self._waiting or self._closed)
-            until = time.monotonic() + self._wait_s
+            here, until = 0, 0.0
             while self._decoding - self._waiting.keys() and not self._closed:
+                if len(self._waiting) > here:  # many threads take a while to come, one by one
+                    here, until = len(self._waiting), time.monotonic() + self._wait_s
                 left = until - time.monotonic()
-                if left <= 0 or not self._news.wait(left):
+                if left <= 0:
                     break
+                self._news.wait(left)
             if self._closed:
                 for request in self._waiting.values():
                     request.error = RuntimeError("the shared decoder was closed")

@@ -18,6 +18,7 @@ from stages.lm import LanguageModel, Sampling
 KIT = Path(
     os.environ.get("SPIRIT_CONFORMANCE_DIR", Path(__file__).parents[3] / "shared" / "conformance")
 )
+DEVICE = os.environ.get("SPIRIT_TEST_DEVICE", "cpu")  # "cuda" where there is a GPU
 TOLERANCE = 1e-3
 LIBRARY_MAX_LENGTH = 20  # prompt and continuation, where a run gives no max_new_tokens
 VERSIONS = ("base", "expressive")
@@ -45,7 +46,7 @@ def folder(version: str) -> Path:
 
 @cache
 def model(version: str) -> LanguageModel:
-    return LanguageModel.load(folder(version))
+    return LanguageModel.load(folder(version), device=DEVICE, dtype=torch.float32)
 
 
 @cache
@@ -91,11 +92,11 @@ def test_conformance_logits_and_hidden_states(version: str) -> None:
         lm.append(inputs[name])
         for got, key in (
             (hidden, "hidden_last_layer"),
-            (logits[:, arrays["logit_columns"]], "logits_columns"),
+            (logits.cpu()[:, arrays["logit_columns"]], "logits_columns"),
             (logits[-1], "logits_last"),
             (lm.logits, "logits_last"),
         ):
             np.testing.assert_allclose(
-                got.numpy(), arrays[f"{name}.{key}"], rtol=0, atol=TOLERANCE, err_msg=key
+                got.cpu().numpy(), arrays[f"{name}.{key}"], rtol=0, atol=TOLERANCE, err_msg=key
             )
         assert logits.argmax(-1).tolist() == arrays[f"{name}.argmax"].tolist()

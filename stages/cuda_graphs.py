@@ -22,7 +22,7 @@ Network = Callable[..., Tensor | tuple[Tensor, ...]]
 @dataclass(frozen=True)
 class _Captured:
     graph: torch.cuda.CUDAGraph
-    inputs: list[Tensor]
+    inputs: list[Tensor | int]
     outputs: tuple[Tensor, ...]
 
 
@@ -47,7 +47,7 @@ class GraphedNetwork:
         """
         self._network, self._device = network, torch.device(device)
         self._most, self._dtype = shapes, dtype
-        self._captured: dict[tuple[tuple[int, ...], ...], _Captured] = {}
+        self._captured: dict[tuple[int | tuple[int, ...], ...], _Captured] = {}
         self._turn = threading.Lock()
         self._cuda = self._device.type == "cuda"
         if self._cuda:
@@ -60,27 +60,29 @@ class GraphedNetwork:
         return len(self._captured)
 
     def __call__(self, *arrays: np.ndarray) -> Sequence[np.ndarray]:
-        """One array per output of the network."""
+        """One array per output of the network. An array without axes is handed over as a number:
+        it may decide about shapes, so that each value has a graph of its own."""
         with self._turn, torch.inference_mode(), self._on_stream():
-            given = [torch.from_numpy(np.ascontiguousarray(a)) for a in arrays]
+            given = [_tensor(array) for array in arrays]
             outputs = self._replay(given) if self._cuda else self._run(given)
             return [out.float().cpu().numpy() if out.is_floating_point() else out.cpu().numpy()
                     for out in outputs]  # fmt: skip
 
-    def _replay(self, given: list[Tensor]) -> tuple[Tensor, ...]:
-        key = tuple(tuple(tensor.shape) for tensor in given)
+    def _replay(self, given: list[Tensor | int]) -> tuple[Tensor, ...]:
+        key = tuple(x if isinstance(x, int) else tuple(x.shape) for x in given)
         if key not in self._captured:
-            inputs = [tensor.to(self._device) for tensor in given]
+            inputs = [x if isinstance(x, int) else x.to(self._device) for x in given]
             if len(self._captured) >= self._most:
                 return self._run(inputs)
             self._captured[key] = self._capture(inputs)
         captured = self._captured[key]
-        for to, tensor in zip(captured.inputs, given, strict=True):
-            to.copy_(tensor)
+        for to, x in zip(captured.inputs, given, strict=True):
+            if isinstance(to, Tensor) and isinstance(x, Tensor):
+                to.copy_(x)
         captured.graph.replay()
         return captured.outputs
 
-    def _capture(self, inputs: list[Tensor]) -> _Captured:
+    def _capture(self, inputs: list[Tensor | int]) -> _Captured:
         self._run(inputs)  # so that libraries have chosen their algorithms
         self._stream.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -88,7 +90,7 @@ class GraphedNetwork:
             outputs = self._run(inputs)
         return _Captured(graph, inputs, outputs)
 
-    def _run(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    def _run(self, inputs: list[Tensor | int]) -> tuple[Tensor, ...]:
         kind = self._device.type
         with torch.autocast(kind, self._dtype, enabled=self._dtype is not None):
             out = self._network(*inputs)
@@ -96,3 +98,7 @@ class GraphedNetwork:
 
     def _on_stream(self) -> contextlib.AbstractContextManager[object]:
         return torch.cuda.stream(self._stream) if self._cuda else contextlib.nullcontext()
+
+
+def _tensor(array: np.ndarray) -> Tensor | int:
+    return torch.from_numpy(np.ascontiguousarray(array)) if array.ndim else int(array)

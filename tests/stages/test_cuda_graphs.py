@@ -40,6 +40,17 @@ def test_an_answer_is_not_changed_by_the_next_one() -> None:
     np.testing.assert_array_equal(first, before)
 
 
+class Tail(nn.Module):
+    def forward(self, x: Tensor, count: int) -> Tensor:
+        return x[:, x.shape[1] - count :]
+
+
+def test_a_number_decides_about_shapes() -> None:
+    network, x = GraphedNetwork(Tail(), DEVICE), np.arange(6, dtype=np.float32)[None]
+    for count in (2, 4, 2):
+        assert network(x, np.array(count))[0].tolist() == [x[0, -count:].tolist()]
+
+
 def test_threads_take_turns() -> None:
     network = GraphedNetwork(Twice(), DEVICE)
 

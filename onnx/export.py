@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from stages.style import StyleEncoder
 from stages.vocoder import Vocoder
 from stages.vqvae import load_vqvae
 
-FORMAT = 2
+FORMAT = 3
 """Part of every cache key: raise it when an exported graph's meaning changes."""
 
 # Left-overs of training (random layer drop, dropout) and of padded batches (mask arithmetic on
@@ -43,8 +43,10 @@ FORBIDDEN_OPS = frozenset(
     {"RandomUniform", "RandomUniformLike", "Bernoulli", "Dropout", "If", "Loop"}
 )
 
-Axes = dict[int, tuple[str, int, int]]
-"""Varying axes of one input: axis -> (name, smallest, largest size)."""
+Axes = dict[int, tuple[str, int, int]] | Literal["any"]
+"""Varying axes of one input: axis -> (name, smallest, largest size); "any" for a whole number."""
+
+Example = tuple[Tensor | int, ...]
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class GraphSpec:
 
     name: str
     build: Callable[[Layout], nn.Module]
-    example: Callable[[nn.Module], tuple[Tensor, ...]]
+    example: Callable[[nn.Module], Example]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     axes: tuple[Axes, ...]
@@ -76,8 +78,10 @@ class _SpeakBase(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, code: Tensor, speaker: Tensor, style_id: Tensor) -> Tensor:
-        return self.model(code, speaker=speaker, style_id=style_id)
+    def forward(
+        self, code: Tensor, speaker: Tensor, style_id: Tensor, left: int, right: int
+    ) -> Tensor:
+        return self.model(code, speaker=speaker, style_id=style_id, left=left, right=right)
 
 
 class _SpeakExpressive(nn.Module):
@@ -87,8 +91,10 @@ class _SpeakExpressive(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, code: Tensor, pitch: Tensor, style: Tensor, speaker: Tensor) -> Tensor:
-        return self.model(code, pitch, style, speaker)
+    def forward(
+        self, code: Tensor, pitch: Tensor, style: Tensor, speaker: Tensor, left: int, right: int
+    ) -> Tensor:
+        return self.model(code, pitch, style, speaker, left=left, right=right)
 
 
 class _Durations(nn.Module):
@@ -173,14 +179,16 @@ def _vocoder(expressive: bool) -> list[GraphSpec]:
     frames: Axes = {1: ("frames", 1, 90_000)}
     streams = ("code", "pitch", "style") if expressive else ("code",)
     scalars = ("speaker",) if expressive else ("speaker", "style_id")
-    example = tuple(zeros(1, 30) for _ in streams) + tuple(zeros(1) for _ in scalars)
+    context = ("left", "right")  # frames of it at the ends
+    example: Example = (*(zeros(1, 30) for _ in streams), *(zeros(1) for _ in scalars), 3, 4)
+    axes: tuple[Axes, ...] = (*(frames for _ in streams), *({} for _ in scalars), "any", "any")
     vocoder = GraphSpec(
         name="vocoder",
         build=lambda layout: speak(Vocoder.load(layout).model),
         example=lambda network: example,
-        inputs=streams + scalars,
+        inputs=streams + scalars + context,
         outputs=("wave",),
-        axes=tuple(frames for _ in streams) + tuple({} for _ in scalars),
+        axes=axes,
         sources=sources,
     )
     durations = GraphSpec(
@@ -208,7 +216,10 @@ def export_graph(spec: GraphSpec, layout: Layout, path: Path) -> None:
     example = spec.example(network)
     names: dict[str, torch.export.Dim] = {}
     shapes = tuple(
-        {axis: _dim(names, *size) for axis, size in axes.items()} or None for axes in spec.axes
+        torch.export.Dim.DYNAMIC
+        if axes == "any"
+        else {axis: _dim(names, *size) for axis, size in axes.items()} or None
+        for axes in spec.axes
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(f".{os.getpid()}.tmp")
@@ -316,13 +327,13 @@ def _drop_unused(graph: Any) -> None:
     graph.initializer.extend(kept)
 
 
-def _check(spec: GraphSpec, network: nn.Module, example: Sequence[Tensor], path: Path) -> None:
+def _check(spec: GraphSpec, network: nn.Module, example: Example, path: Path) -> None:
     found = FORBIDDEN_OPS & set(operations(path))
     if found:
         raise RuntimeError(f"{path.name}: exported with {', '.join(sorted(found))}; not usable")
     with torch.inference_mode():
         expected = network(*example)
-    got = OnnxGraph(path, device="cpu", threads=1)(*(x.numpy() for x in example))
+    got = OnnxGraph(path, device="cpu", threads=1)(*(np.asarray(x) for x in example))
     for name, want, have in zip(spec.outputs, _as_tuple(expected), got, strict=True):
         difference = float(np.abs(want.numpy().astype(np.float64) - have).max(initial=0))
         if want.shape != have.shape or difference > 1e-3 * (1 + float(want.abs().max())):

@@ -133,6 +133,42 @@ class VocoderConfig:
                 )
 
 
+def reach(config: VocoderConfig) -> list[tuple[int, int]]:
+    """How much around a stretch of the wave the layers look at, before and after it, exactly.
+
+    One entry for the input of each upsampling stage, and one for that of the last convolution, each
+    in samples at that layer's own rate.
+    """
+    spread = max(
+        _block_reach(config.resblock, kernel, dilations)
+        for kernel, dilations in zip(config.resblock_kernels, config.dilations, strict=True)
+    )
+    before = after = _ENDS
+    found = [(before, after)]
+    for rate, kernel in zip(reversed(config.rates), reversed(config.kernels), strict=True):
+        # Output o of the transposed one reads inputs i with 0 <= o + padding - i rate < kernel.
+        padding = (kernel - rate) // 2
+        before = (kernel - 1 - padding + before + spread) // rate
+        after = (rate - 1 + padding + after + spread) // rate
+        found.append((before, after))
+    return found[::-1]
+
+
+def receptive_field(config: VocoderConfig) -> tuple[int, int]:
+    """Frames before and after a frame on which its samples depend, exactly."""
+    before, after = reach(config)[0]
+    return before + _ENDS, after + _ENDS
+
+
+def _block_reach(resblock: str, kernel: int, dilations: Sequence[int]) -> int:
+    half = (kernel - 1) // 2
+    plain = len(dilations) if resblock == "1" else 0
+    return half * (sum(dilations) + plain)
+
+
+_ENDS = 3  # samples that the first and the last convolution, of kernel 7, reach to either side
+
+
 class ResBlock1(nn.Module):
     """Residual block of pairs of a dilated and a plain convolution. [B, C, T] -> [B, C, T]."""
 
@@ -188,6 +224,7 @@ class UnitHiFiGAN(nn.Module):
     def __init__(self, config: VocoderConfig) -> None:
         super().__init__()
         self.config = config
+        self._reach = reach(config)
         self.dict = nn.Embedding(config.units, config.dim)
         if config.expressive:
             self.f0_dict = nn.Embedding(config.pitches, config.dim)
@@ -243,13 +280,40 @@ class UnitHiFiGAN(nn.Module):
         blocks = [self.resblocks[stage * count + j](x) for j in range(count)]
         return torch.stack(blocks).mean(0) if count > 1 else blocks[0]
 
-    def generate(self, x: Tensor) -> Tensor:
-        """Generator input [B, channels_in, T] -> waveform [B, 1, T * hop] in [-1, 1]."""
+    def generate(self, x: Tensor, left: int = 0, right: int = 0) -> Tensor:
+        """Generator input [B, channels_in, T] -> waveform in [-1, 1].
+
+        Args:
+            left, right: frames at the ends that are there only for what is between them, and of
+                which no wave is wanted. Later layers look less far, and what they do not look at
+                is left out before each of them, which changes nothing of what remains.
+
+        Returns:
+            [B, 1, (T - left - right) * hop].
+        """
+        tail = self._tail() * torch.sym_min(right, 1)
         x = self.conv_pre(x)
-        for stage in range(len(self.ups)):
-            x = self.upsample(x, stage)
+        before, after = left, right
+        for stage, rate in enumerate(self.config.rates):
+            if not self._tail():
+                x, before, after = self._trim(x, before, after, stage)
+            x, before, after = self.upsample(x, stage), before * rate, after * rate
         # The published generator leaves the default slope, 0.01, here.
-        return torch.tanh(self.conv_post(F.leaky_relu(x)))
+        wave = torch.tanh(self.conv_post(F.leaky_relu(x)))
+        return wave[:, :, before : wave.shape[2] - after - tail]
+
+    def _trim(self, x: Tensor, left: int, right: int, stage: int) -> tuple[Tensor, int, int]:
+        """``x`` without what ``stage`` need not see; what it then has too much of at each end."""
+        before, after = self._reach[stage]
+        first, last = torch.sym_max(left - before, 0), torch.sym_max(right - after, 0)
+        return x[:, :, first : x.shape[2] - last], left - first, right - last
+
+    def _tail(self) -> int:
+        """Samples beyond a whole number of frames, which odd kernels leave at the end."""
+        length = 1
+        for rate, kernel in zip(self.config.rates, self.config.kernels, strict=True):
+            length = (length - 1) * rate + kernel - 2 * ((kernel - rate) // 2)
+        return length - self.config.hop
 
     def forward(
         self,
@@ -258,9 +322,14 @@ class UnitHiFiGAN(nn.Module):
         style: Tensor | None = None,
         speaker: Tensor | None = None,
         style_id: Tensor | None = None,
+        left: int = 0,
+        right: int = 0,
     ) -> Tensor:
-        """Unit frames [B, T] (int64) -> waveform [B, 1, T * hop] in [-1, 1]."""
-        return self.generate(self.embed(code, pitch, style, speaker, style_id))
+        """Unit frames [B, T] (int64) -> waveform [B, 1, (T - left - right) * hop] in [-1, 1].
+
+        ``left``, ``right``: see :meth:`generate`.
+        """
+        return self.generate(self.embed(code, pitch, style, speaker, style_id), left, right)
 
     def log_durations(self, code: Tensor) -> Tensor:
         """Units [B, N] -> log(frames + 1) [B, N]."""

@@ -104,7 +104,8 @@ class OnnxGraph:
         """Run the graph. ``arrays``: one per input, in order. Returns one array per output."""
         if not self._bind:
             return self._session.run(None, dict(zip(self.inputs, arrays, strict=True)))
-        key = tuple((a.shape, a.dtype.str) for a in arrays)
+        # A number may decide the shape of an output; it stays on the host, where shapes are made.
+        key = tuple((a.shape, a.dtype.str) if a.ndim else int(a) for a in arrays)
         bound: OrderedDict[Any, _Bound] = self._threads.__dict__.setdefault("bound", OrderedDict())
         if key in bound:
             bound.move_to_end(key)
@@ -133,7 +134,8 @@ class _Bound:
         for name, array in zip(inputs, arrays, strict=True):
             # A copy: on a CPU the value would be the caller's array, which is written to later.
             own = np.array(array, order="C")
-            values.append(onnxruntime.OrtValue.ortvalue_from_numpy(own, device, 0))
+            place = device if own.ndim else "cpu"
+            values.append(onnxruntime.OrtValue.ortvalue_from_numpy(own, place, 0))
             binding.bind_ortvalue_input(name, values[-1])
         for name in outputs:
             binding.bind_output(name, device)

@@ -65,8 +65,8 @@ class Vocoder:
 
     ``speakers`` and ``styles`` are the names in the checkpoint's text files, by index. The graphs,
     where given, are called in place of the torch network: ``graph`` with the frames' streams
-    ``[1, T]``, the speaker ``[1]`` and, Base, the style ``[1]``; ``duration_graph`` with units
-    ``[1, N]``.
+    ``[1, T]``, the speaker ``[1]``, Base, the style ``[1]``, and the frames of context before and
+    after (int64 scalars); ``duration_graph`` with units ``[1, N]``.
     """
 
     def __init__(
@@ -127,14 +127,20 @@ class Vocoder:
             batch = torch.as_tensor(code, dtype=torch.int64, device=self.device)[None]
             return self.model.log_durations(batch)[0].float().cpu().numpy()
 
-    def generate(self, frames: Frames, speaker: int, style_id: int) -> np.ndarray:
-        """Frames [T], one speaker and (Base) style -> waveform float32 [T * hop]."""
+    def generate(
+        self, frames: Frames, speaker: int, style_id: int, left: int = 0, right: int = 0
+    ) -> np.ndarray:
+        """Frames [T], one speaker and (Base) style -> waveform float32 [(T - left - right) * hop].
+
+        ``left`` and ``right`` frames at the ends are context: heard by the others, not spoken.
+        """
         if self._graph is not None:
             given = [a for a in (frames.code, frames.pitch, frames.style) if a is not None]
             inputs = [np.asarray(a, np.int64)[None] for a in given]
             inputs.append(np.array([speaker], np.int64))
             if self.config.styles:
                 inputs.append(np.array([style_id], np.int64))
+            inputs += [np.array(left, np.int64), np.array(right, np.int64)]
             return np.asarray(self._graph(*inputs)[0][0, 0])
         with torch.inference_mode():
             code, pitch, style, who, how = (
@@ -142,7 +148,8 @@ class Vocoder:
                 for a in (frames.code, frames.pitch, frames.style, [speaker], [style_id])
             )
             streams = [None if a is None else a[None] for a in (code, pitch, style)]
-            return self.model(*streams, who, how)[0, 0].float().cpu().numpy()
+            wave = self.model(*streams, who, how, left, right)
+            return wave[0, 0].float().cpu().numpy()
 
     # The rules.
 

@@ -8,13 +8,13 @@ latter for latency.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-from stages.hifigan import VocoderConfig
+from stages.hifigan import receptive_field
 from stages.vocoder import Frames, Vocoder, VocoderError, frames_of
 
 
@@ -56,31 +56,6 @@ class UnitLike(Protocol):
     def kind(self) -> str: ...
     @property
     def index(self) -> int: ...
-
-
-def receptive_field(config: VocoderConfig) -> tuple[int, int]:
-    """Frames before and after a frame on which its samples depend, exactly.
-
-    Follows the samples of one frame back through the generator's layers.
-    """
-    low, high = -3, config.hop - 1 + 3  # conv_post, kernel 7
-    spread = max(
-        _block_reach(config.resblock, kernel, dilations)
-        for kernel, dilations in zip(config.resblock_kernels, config.dilations, strict=True)
-    )
-    for rate, kernel in zip(reversed(config.rates), reversed(config.kernels), strict=True):
-        low, high = low - spread, high + spread
-        # Output o of the transposed one reads inputs i with 0 <= o + padding - i rate < kernel.
-        padding = (kernel - rate) // 2
-        low = -((kernel - 1 - padding - low) // rate)
-        high = (high + padding) // rate
-    return 3 - low, high + 3  # conv_pre, kernel 7
-
-
-def _block_reach(resblock: str, kernel: int, dilations: Sequence[int]) -> int:
-    half = (kernel - 1) // 2
-    plain = len(dilations) if resblock == "1" else 0
-    return half * (sum(dilations) + plain)
 
 
 class StreamingVocoder:
@@ -249,10 +224,9 @@ class StreamingVocoder:
         begin, end = self._spoken, self._spoken + count
         low = max(0, begin - self.left)
         high = min(len(self._frames), end + (self.right if final else self.lookahead))
-        hop = self.vocoder.config.hop
-        wave = self.vocoder.generate(self._halo(low, high), self.speaker, self.style_id)
-        last = final and end == len(self._frames)
-        samples = wave[(begin - low) * hop : None if last else (end - low) * hop].copy()
+        samples = self.vocoder.generate(
+            self._halo(low, high), self.speaker, self.style_id, begin - low, high - end
+        )
         chunk = AudioChunk(samples, self._samples, self._spans(begin, end, len(samples)))
         self._spoken, self._samples = end, chunk.end
         return chunk

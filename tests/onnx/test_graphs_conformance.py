@@ -124,6 +124,11 @@ def test_waveforms_and_durations_agree(
         frames = Frames(code, pitch, style)
         want = network.generate(frames, speaker=0, style_id=0)
         np.testing.assert_allclose(graph.generate(frames, speaker=0, style_id=0), want, atol=1e-4)
+        for left, right in ((0, 3), (20, 20), (5, 0)):
+            if left + right < length:
+                want = network.generate(frames, 0, 0, left, right)
+                found = graph.generate(frames, 0, 0, left, right)
+                np.testing.assert_allclose(found, want, atol=1e-4)
         np.testing.assert_array_equal(graph.durations(code), network.durations(code))
 
 

@@ -54,6 +54,26 @@ def test_what_was_given_and_what_came_back_stay_as_they_are(path: Path) -> None:
     np.testing.assert_array_equal(answer, before)
 
 
+class Skip(nn.Module):
+    def forward(self, wave: torch.Tensor, count: int) -> torch.Tensor:
+        return 2 * wave[:, :, count:]
+
+
+def test_a_number_decides_the_shape_of_an_output(tmp_path: Path) -> None:
+    torch.onnx.export(
+        Skip(),
+        (torch.randn(1, 2, 20), 3),
+        tmp_path / "skip.onnx",
+        dynamo=True,
+        verbose=False,
+        dynamic_shapes=({2: torch.export.Dim("n", min=8, max=99)}, torch.export.Dim.DYNAMIC),
+    )
+    bound = OnnxGraph(tmp_path / "skip.onnx", "cpu", 1, bind=True)
+    (wave,) = waves(20)
+    for count in (3, 5, 3, 0):
+        np.testing.assert_array_equal(bound(wave, np.array(count))[0], 2 * wave[:, :, count:])
+
+
 def test_an_array_need_not_be_contiguous(path: Path) -> None:
     (wave,) = waves(20)
     strided = np.asfortranarray(wave)

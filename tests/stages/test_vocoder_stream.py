@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from stages.checkpoint import find_layout
-from stages.hifigan import UnitHiFiGAN, VocoderConfig
+from stages.hifigan import UnitHiFiGAN, VocoderConfig, reach, receptive_field
 from stages.units import Unit
-from stages.vocoder import Vocoder, VocoderError
-from stages.vocoder_stream import AudioChunk, StreamingVocoder, receptive_field
+from stages.vocoder import Frames, Vocoder, VocoderError
+from stages.vocoder_stream import AudioChunk, StreamingVocoder
 
 KIT = Path(
     os.environ.get("SPIRIT_CONFORMANCE_DIR", Path(__file__).parents[3] / "shared" / "conformance")
@@ -248,6 +248,39 @@ def test_receptive_field_is_exact(changes: dict[str, Any]) -> None:
     assert x.grad is not None
     touched = x.grad.abs().sum((0, 1)).nonzero()[:, 0]
     assert (middle - int(touched[0]), int(touched[-1]) - middle) == (left, right)
+
+
+@pytest.mark.parametrize("context", [(0, 0), (0, 8), (8, 8), (8, 0), (3, 5), (20, 30)], ids=str)
+@pytest.mark.parametrize("kernels", [(11, 5, 8), (12, 6, 9)], ids=("even", "odd"))
+def test_context_is_heard_and_not_spoken(
+    kernels: tuple[int, ...], context: tuple[int, int]
+) -> None:
+    vocoder, (left, right) = tiny(upsample_kernel_sizes=kernels), context
+    random = np.random.default_rng(0)
+    frames = Frames(*(random.integers(0, size, left + 6 + right) for size in (30, 8, 5)))
+    whole = vocoder.generate(frames, 0, 0)
+    expected = whole[left * HOP : (left + 6) * HOP if right else None]
+    found = vocoder.generate(frames, 0, 0, left, right)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+
+
+def test_what_later_layers_do_not_look_at_is_not_computed() -> None:
+    vocoder = tiny()
+    left, right = receptive_field(vocoder.config)
+    frames = Frames(*(np.zeros(left + 4 + right, np.int64) for _ in range(3)))
+    lengths: list[int] = []
+    layers = [*vocoder.model.ups, vocoder.model.conv_post]
+    hooks = [
+        m.register_forward_pre_hook(lambda _, x: lengths.append(x[0].shape[2])) for m in layers
+    ]
+    vocoder.generate(frames, 0, 0, left, right)
+    for hook in hooks:
+        hook.remove()
+    for length, rate, (before, after) in zip(
+        lengths, (1, 5, 15), reach(vocoder.config)[:-1], strict=False
+    ):
+        assert length == 4 * rate + before + after
+    assert lengths[-1] < 4 * HOP + 60, "not the whole halo of 16 frames"
 
 
 def test_odd_kernels_leave_a_tail_that_streams_too() -> None:

@@ -42,11 +42,12 @@ from recipes.grammar import (
 FOLDER = Path(__file__).parent
 FILES = tuple(FOLDER / f"domain_{name}.txt" for name in ("talk", "facts", "robot", "again"))
 ACTIONS = FOLDER / "actions.json"
-MOST = 300
+MOST = 200
 CONTRACTED = 0.2  # share of requests with "what's" for "what is", where they have it
 TRIES = 8  # fillings drawn for a phrasing until one has an answer
 LONGEST_REPLY = 12  # words
 Slots = dict[str, str]
+_A_BEFORE_VOWEL = re.compile(r"\b([Aa]) (?=[aeio]|umbrella)")
 _SLOT = re.compile(r"\{(\w+)((?:\.\w+)*)(#?)\}")
 ADDRESSED = 0.35  # share of requests with a courtesy or a name
 
@@ -115,6 +116,15 @@ def action_text(action: Mapping[str, Any] | None) -> str:
     return "" if action is None else json.dumps(action, separators=(",", ":"))
 
 
+def read_plan(text: str) -> tuple[dict[str, Any] | None, str]:
+    """Action and words of a planned reply; no action where it does not begin with one."""
+    try:
+        action, end = json.JSONDecoder().raw_decode(text)
+    except ValueError:
+        return None, text
+    return (action, text[end:].strip()) if isinstance(action, dict) else (None, text)
+
+
 @cache
 def action_schema() -> dict[str, Any]:
     """The JSON schema of every action of the domain."""
@@ -136,19 +146,17 @@ class Dialogues:
     @cached_property
     def domain(self) -> domain.Domain:
         """The same as requests without a past: what recipes take that know of no dialogues."""
-        made = domain.Domain([])
-        for e in self.examples:
-            made.styles.update(dict.fromkeys(e.replies, e.style))
-            if not e.before:
-                request = (e.intent, e.text, e.slots, e.replies, e.style, e.split)
-                made.requests.append(domain.Request(*request))
-        return made
+        styles = {reply: e.style for e in self.examples for reply in e.replies}
+        return domain.Domain([_request(e) for e in self.examples if not e.before], styles)
 
     def is_right(self, example: Example, heard: str) -> bool:
         """Whether a reply, perhaps misheard a little, answers ``example``: see ``Domain``."""
-        judge = domain.Domain([], self.domain.styles)
-        judge.__dict__["allowed"] = {(example.intent, example.slots): example.replies}
+        judge = domain.Domain([_request(example)], self.domain.styles)
         return judge.is_right(example.intent, dict(example.slots), heard)
+
+
+def _request(e: Example) -> domain.Request:
+    return domain.Request(e.intent, e.text, e.slots, e.replies, e.style, e.split)
 
 
 # --------------------------------------------------------------------------------- reading files
@@ -310,8 +318,7 @@ def put(pattern: str, slots: Mapping[str, str], tables: Mapping[str, Table]) -> 
 
 def say(pattern: str, slots: Mapping[str, str], tables: Mapping[str, Table]) -> str:
     """A filled pattern as a sentence, with "an apple" for "a apple"."""
-    text = re.sub(r"\b([Aa]) (?=[aeio]|umbrella)", r"\1n ", put(pattern, slots, tables))
-    return sentence(text)
+    return sentence(_A_BEFORE_VOWEL.sub(r"\1n ", put(pattern, slots, tables)))
 
 
 # -------------------------------------------------------------------------------------- drawing
@@ -328,7 +335,7 @@ class _Drawer:
         self._owners = self._claims("train")
         self._heldout_owners = self._claims("heldout")
         self._reserved = set(self._heldout_sentences())
-        self._decks: dict[str, list[str]] = defaultdict(list)
+        self._decks: dict[tuple[str, str], list[str]] = defaultdict(list)
         self._slots = {
             name: slot_names((*t.train, *t.heldout, *t.replies, t.action))
             for name, t in topics.items()
@@ -415,7 +422,6 @@ class _Drawer:
     def _draw(self, topic: Topic, readings: list[str], count: int, split: str) -> list[Example]:
         """As many different examples as come up in ``count`` draws."""
         rng = random.Random(f"{self._seed} {topic.name} {split}")
-        self._decks.clear()
         found: dict[tuple[Any, ...], Example] = {}
         for reading in _rounds(readings, count, rng):
             tries = (self._example(topic, reading, split, rng) for _ in range(TRIES))
@@ -430,7 +436,7 @@ class _Drawer:
         before, known = self._earlier(topic, rng)
         slots: Slots = {}
         for name in self._slots[topic.name]:
-            slots[name] = known.get(name) or self._value(name, known | slots, topic.same, rng)
+            slots[name] = known.get(name) or self._value(name, known | slots, topic, rng)
         try:
             text = put(reading, slots, self._tables)
             replies = tuple(say(reply, slots, self._tables) for reply in topic.replies)
@@ -462,23 +468,23 @@ class _Drawer:
             slots |= dict(example.slots) | {"reply": reply, "request": example.transcript}
         return before, slots
 
-    def _value(self, name: str, slots: Slots, same: str, rng: random.Random) -> str:
+    def _value(self, name: str, slots: Slots, topic: Topic, rng: random.Random) -> str:
         """A value for a slot, unlike those that other slots have from the same table.
 
-        ``same`` names a column in which they agree. Free values come from a deck, equally often.
+        They share the column that the topic names. Free values come from a deck, equally often.
         """
         table = self._tables[table_of(name)]
         others = [v for n, v in slots.items() if table_of(n) == table_of(name)]
         if not others:
-            if not self._decks[name]:
-                self._decks[name] = rng.sample(list(table), len(table))
-            return self._decks[name].pop()
-        of, _, column = same.partition(".")
+            deck = self._decks[topic.name, name]
+            if not deck:
+                deck += rng.sample(list(table), len(table))
+            return deck.pop()
+        of, _, column = topic.same.partition(".")
+        fitting = [value for value in table if value not in others]
         if of == table_of(name):
             wanted = table[others[0]][column]
-            fitting = [v for v in table if v not in others and table[v][column] == wanted]
-        else:
-            fitting = [v for v in table if v not in others]
+            fitting = [value for value in fitting if table[value][column] == wanted]
         return rng.choice(fitting)
 
     def _action(
@@ -569,7 +575,8 @@ def table(world: Dialogues) -> Iterator[str]:
     yield f"{'intent':<20}{'train':>12}{'held out':>12}{'first':>6}{'overlap':>8}  does"
     for name, topic in world.topics.items():
         drawn = by_intent[name]
-        alike = overlap(*([e.transcript for e in drawn[s]] for s in ("heldout", "train")))
+        heldout, train = ([e.transcript for e in drawn[s]] for s in ("heldout", "train"))
+        alike = overlap(heldout, train)
         does = json.loads(re.sub(_SLOT, "0", topic.action))["action"] if "{" in topic.action else ""
         yield (
             f"{name + ('*' if topic.important else ''):<20}"

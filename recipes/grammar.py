@@ -81,15 +81,19 @@ def number_words(number: int) -> str:
     return f"{number_words(head)} {name}" + (f" {number_words(rest)}" if rest else "")
 
 
+_PLAIN = re.compile(r"[A-Za-z',.!? ]*")  # nothing to be put in words
+
+
 @lru_cache(maxsize=1 << 16)
 def transcript(text: str) -> str:
     """Normalise a sentence: lower case, numbers as words, only letters, apostrophes and spaces."""
-    text = text.replace("’", "'").replace("%", " percent ")
-    text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)
-    text = re.sub(r"(\d+)\s*\+\s*(?=\d)", r"\1 plus ", text)
-    text = re.sub(r"(\d+)\s*[-−]\s*(?=\d)", r"\1 minus ", text)
-    text = text.replace("=", " is ")
-    text = re.sub(r"\d{1,6}", lambda m: f" {number_words(int(m[0]))} ", text)
+    if not _PLAIN.fullmatch(text):
+        text = text.replace("’", "'").replace("%", " percent ")
+        text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)
+        text = re.sub(r"(\d+)\s*\+\s*(?=\d)", r"\1 plus ", text)
+        text = re.sub(r"(\d+)\s*[-−]\s*(?=\d)", r"\1 minus ", text)
+        text = text.replace("=", " is ")
+        text = re.sub(r"\d{1,6}", lambda m: f" {number_words(int(m[0]))} ", text)
     text = re.sub(r"[^a-z' ]+", " ", text.lower())
     return " ".join(word for raw in text.split() if (word := raw.strip("'")))
 
@@ -299,10 +303,14 @@ def fill(pattern: str, slots: Mapping[str, str], tables: Mapping[str, Table]) ->
 
 
 @cache
+def _capital(word: str) -> str:
+    return re.sub(r"^[a-z]+", lambda m: CAPITALS.get(m[0], m[0]), word)
+
+
+@cache
 def sentence(text: str) -> str:
     """Capital letters and a full stop where speech is written down."""
-    words = [re.sub(r"^[a-z]+", lambda m: CAPITALS.get(m[0], m[0]), w) for w in text.split()]
-    text = " ".join(words)
+    text = " ".join(map(_capital, text.split()))
     text = re.sub(r"(^|[.!?] )([a-z])", lambda m: m[1] + m[2].upper(), text)
     # "may", the verb, is far commoner in requests than the month in mid-sentence
     text = re.sub(r"\bMay (?=I\b|we\b)", "may ", text)

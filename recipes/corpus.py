@@ -2,9 +2,10 @@
 
 Writes {work}/corpus: wav files (16 kHz, PCM16), manifest.jsonl (one recording a line),
 dialogs.jsonl (requests with their right replies) and, at the end, DONE with a summary. The first
-part holds what is held out and all replies, the second more words in more orders for the language
-model. Each is shuffled, so that a prefix of the manifest is a fair sample; an interrupted run goes
-on where it stopped.
+part holds what is held out of the first domain and its replies, the second more words in more
+orders for the language model, the third requests and replies of the wider domain (dialogues.py).
+Each is shuffled, so that a prefix of the manifest is a fair sample; an interrupted run goes on
+where it stopped.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import json
 import multiprocessing
 import random
 import zlib
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +27,7 @@ import soundfile
 import typer
 from rich.progress import track
 
-from recipes import domain
+from recipes import dialogues, domain
 from recipes.align import shift
 from recipes.lm_words import more_requests
 from recipes.voices import (
@@ -42,6 +45,7 @@ from recipes.voices import (
 
 LEVEL = 0.07  # RMS of a recording, about -23 dBFS; whispers are half as loud
 HEART_SHARE = 0.25  # of the requests
+KAL_SHARE = 0.35  # of the held-out requests, also in a voice never trained on
 FLITE = ("slt", "rms", "awb")
 REQUEST_STYLES = {NEUTRAL: 80, LIVELY: 7, MONOTONE: 4, WHISPERED: 3, FAST: 6}
 BOOK_STYLES = {NEUTRAL: 50, LIVELY: 16, MONOTONE: 10, WHISPERED: 10, FAST: 14}
@@ -49,6 +53,9 @@ NOISY_SHARE = 0.05
 # Of the second part of the corpus, which is there for new sequences of words:
 MORE_REQUESTS, MIXED, MORE_BOOK = 5600, 1600, 900  # recordings
 MIXED_HEART_SHARE = 0.4  # the voice that must learn to say every word
+# Of the third part, which is there for new intents:
+WIDER_TRAIN, WIDER_HELDOUT = 6000, 700  # requests
+SECOND_TAKE = 0.3  # of its replies
 
 
 @dataclass(frozen=True)
@@ -80,8 +87,8 @@ def _draw_style(rng: random.Random, voice: str, weights: dict[int, int]) -> int:
 
 
 def plan(seed: int = 0) -> list[Job]:
-    """Every recording of the corpus, in two parts, each shuffled; the same for the same seed."""
-    return [*plan_first(seed), *plan_more(seed)]
+    """Every recording of the corpus, in three parts, each shuffled; the same for the same seed."""
+    return [*plan_first(seed), *plan_more(seed), *plan_wider(wider(seed), seed)]
 
 
 def plan_first(seed: int = 0) -> list[Job]:
@@ -100,16 +107,22 @@ def _plan_requests(world: domain.Domain, rng: random.Random) -> Iterator[Job]:
         voices: list[str] = []
         for _ in range(count):
             voices.append(_draw_voice(rng, voices))
-        if heldout and rng.random() < 0.35:
+        if heldout and rng.random() < KAL_SHARE:
             voices.append("kal16")
         for voice in voices:
-            # The unseen voice speaks as it is: its figures mean the voice and not the style.
-            style = NEUTRAL if voice == "kal16" else _draw_style(rng, voice, REQUEST_STYLES)
-            yield Job(
-                f"req{number:05d}-{voice}", request.text, "request", request.intent, voice, style,
-                request.split, round(rng.uniform(0.9, 1.12), 3),
-                voice != "kal16" and rng.random() < NOISY_SHARE,
-            )  # fmt: skip
+            yield _request(f"req{number:05d}", request, voice, rng)
+
+
+def _request(
+    name: str, request: domain.Request | dialogues.Example, voice: str, rng: random.Random
+) -> Job:
+    # The unseen voice speaks as it is: its figures mean the voice and not the style.
+    style = NEUTRAL if voice == "kal16" else _draw_style(rng, voice, REQUEST_STYLES)
+    return Job(
+        f"{name}-{voice}", request.text, "request", request.intent, voice, style,
+        request.split, round(rng.uniform(0.9, 1.12), 3),
+        voice != "kal16" and rng.random() < NOISY_SHARE,
+    )  # fmt: skip
 
 
 def _plan_replies(world: domain.Domain, rng: random.Random) -> Iterator[Job]:
@@ -160,6 +173,66 @@ def plan_more(seed: int = 0) -> list[Job]:
         jobs.append(_plain(f"again{number:05d}", sentences[number], voice, style, rng))
     rng.shuffle(jobs)
     return jobs
+
+
+@cache
+def wider(seed: int = 0) -> dialogues.Dialogues:
+    """The wider domain; it takes seconds to draw."""
+    return dialogues.load(seed)
+
+
+def plan_wider(world: dialogues.Dialogues, seed: int = 0) -> list[Job]:
+    """All replies that the first domain does not have; requests of every intent of ``world``.
+
+    What is drawn for a text depends on the text alone, as does the name of its recording: what
+    stays in a domain that grows is not made again.
+    """
+    known = domain.build(seed).styles
+    replies = {r: e for e in reversed(world.examples) for r in e.replies if r not in known}
+    jobs = [job for text, e in replies.items() for job in _plan_wider_reply(text, e, seed)]
+    recorded = {request.transcript for request in domain.build(seed).requests}
+    recorded |= {domain.transcript(job.text) for job in plan_more(seed)}
+    for split, count in (("train", WIDER_TRAIN), ("heldout", WIDER_HELDOUT)):
+        new = [e for e in world.split(split) if e.added and e.transcript not in recorded]
+        for example in evenly(new, count, seed):
+            jobs += _plan_wider_request(example, seed)
+    random.Random(f"wider {seed}").shuffle(jobs)
+    return jobs
+
+
+def _plan_wider_reply(text: str, example: dialogues.Example, seed: int) -> Iterator[Job]:
+    rng = random.Random(f"wider {seed} {text}")
+    for take in range(2 if rng.random() < SECOND_TAKE else 1):
+        speed = 1.0 if take == 0 else rng.choice((0.93, 0.96, 1.05, 1.1))
+        name = f"wrep{_name(text)}-heart-{take}"
+        yield Job(name, text, "reply", example.intent, "heart", example.style, "train", speed)
+
+
+def _plan_wider_request(example: dialogues.Example, seed: int) -> Iterator[Job]:
+    rng = random.Random(f"wider {seed} {example.text}")
+    voices = [_draw_voice(rng)]
+    if example.split == "heldout" and rng.random() < KAL_SHARE:
+        voices.append("kal16")
+    for voice in voices:
+        yield _request(f"wreq{_name(example.text)}", example, voice, rng)
+
+
+def _name(text: str) -> str:
+    return f"{zlib.crc32(text.encode()):08x}"
+
+
+def evenly(
+    examples: Iterable[dialogues.Example], count: int, seed: int = 0
+) -> list[dialogues.Example]:
+    """At most ``count`` examples of different texts, as far as there are the same number of every
+    intent."""
+    by_intent: dict[str, list[dialogues.Example]] = defaultdict(list)
+    for example in {e.transcript: e for e in examples}.values():
+        by_intent[example.intent].append(example)
+    for some in by_intent.values():
+        some.sort(key=lambda e: _name(f"{seed} {e.transcript}"))
+    rounds = zip_longest(*by_intent.values())
+    return [e for one_of_each in rounds for e in one_of_each if e is not None][:count]
 
 
 def _plain(name: str, text: str, voice: str, style: int, rng: random.Random) -> Job:
@@ -281,9 +354,13 @@ def corpus(
     """Make the corpus under ``work`` and return its summary. ``limit``: only so many recordings."""
     folder = work / "corpus"
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [*domain.build(seed).dialogs(), *_more_dialogs(seed)]
+    jobs = plan(seed)
+    asked = {job.text for job in jobs if job.role == "request"}
+    # What was recorded from an earlier state of the domain stays in use where it still has it.
+    asked |= {row["text"] for row in read_manifest(folder) if row["role"] == "request"}
+    rows = dialogs(asked, seed)
     (folder / "dialogs.jsonl").write_text("".join(map(_line, rows)), encoding="utf-8")
-    synthesise(plan(seed)[:limit], folder, seed, processes)
+    synthesise(jobs[:limit], folder, seed, processes)
     report = summary(read_manifest(folder)) | {"seed": seed, "voices": list(VOICES)}
     (work / "reports").mkdir(exist_ok=True)
     text = json.dumps(report, indent=2)
@@ -293,11 +370,36 @@ def corpus(
     return report
 
 
-def _more_dialogs(seed: int) -> Iterator[dict[str, Any]]:
-    """Right replies to the requests of the second part that the first does not have."""
-    recorded = {job.text for job in plan_more(seed) if job.role == "request"}
-    requests = more_requests(seed).values()
-    yield from domain.Domain([r for r in requests if r.text in recorded]).dialogs()
+def dialogs(asked: Collection[str], seed: int = 0) -> Iterator[dict[str, Any]]:
+    """The rows of dialogs.jsonl: one for each request, dialogue before it and right reply.
+
+    ``action`` is what the reply makes the robot do, ``before`` the turns before the request, each
+    with ``request``, ``reply``, ``style`` and ``action``. A request of training that is held out
+    of the wider domain has no row, and is not used.
+
+    Args:
+        asked: the texts of the requests that are recorded.
+    """
+    first = [*domain.build(seed).requests, *more_requests(seed).values()]
+    examples = {(e.text, e.before): e for e in dialogues.answered(first, seed)}
+    for example in wider(seed).examples:
+        examples.setdefault((example.text, example.before), example)
+    for example in examples.values():
+        if example.text in asked:
+            yield from _dialog_rows(example)
+
+
+def _dialog_rows(example: dialogues.Example) -> Iterator[dict[str, Any]]:
+    for reply in example.replies:
+        yield {
+            "intent": example.intent,
+            "request_text": example.text,
+            "reply_text": reply,
+            "reply_style": example.style,
+            "split": example.split,
+            "action": example.action,
+            "before": [asdict(turn) for turn in example.before],
+        }
 
 
 def main(

@@ -2,7 +2,7 @@
 
 The schedule is by the clock: ``--minutes`` of training on one thread, whatever the machine makes
 of them. The state is saved every two minutes; a run that was interrupted goes on from there, also
-with another mix. The log tells the losses by kind of token, and every five minutes what matters:
+with another mix. The log tells the losses by kind of token, and every ten minutes what matters:
 how well held-out requests are transcribed and how many are answered rightly.
 
 Besides the streams themselves, it learns from what is being said at each of their tokens (see
@@ -27,16 +27,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from recipes import domain, lm_hints
+from recipes import dialogues, lm_hints
 from recipes.lm_corpus import Corpus, Vocabulary, load_corpus, load_units
 from recipes.lm_data import DEFAULT_MIX, KINDS, REPLY_UNITS, WEIGHTS, Streams
-from recipes.lm_measure import heldout_requests, measure
+from recipes.lm_measure import heldout_questions, measure
 from recipes.lm_model import TrainableLlama
-from recipes.lm_words import more_requests
 from recipes.text_tokenizer import DEFAULT_OUT
 
-SAVE_SECONDS, MEASURE_SECONDS, LOG_SECONDS = 120.0, 300.0, 20.0
-FINALLY_MEASURED = 160  # held-out requests
+SAVE_SECONDS, MEASURE_SECONDS, LOG_SECONDS = 120.0, 600.0, 20.0
+FINALLY_MEASURED = 160  # held-out requests of each kind
 ROW_MULTIPLE = 64  # rows of the embedding; those past the last piece are padding
 
 
@@ -252,11 +251,16 @@ class Log:
 
 
 def run(
-    trainer: Trainer, minutes: float, work: Path, tokenizer: Path, corpus: Corpus, log: Log
+    trainer: Trainer,
+    minutes: float,
+    work: Path,
+    tokenizer: Path,
+    corpus: Corpus,
+    world: dialogues.Dialogues,
+    log: Log,
 ) -> None:
     """Train until the clock says stop, saving and measuring on the way."""
-    world = domain.build()
-    requests = heldout_requests(corpus)
+    questions = heldout_questions(corpus, world)
     vocabulary = trainer.streams.vocabulary
     due = dict.fromkeys(("save", "measure", "log"), time.monotonic())
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
@@ -274,7 +278,7 @@ def run(
                 due["save"] = now
             if now - due["measure"] > MEASURE_SECONDS:
                 write_model(trainer.model, tokenizer, work / "snapshot")
-                log.record(measure(work / "snapshot", vocabulary, requests, world))
+                log.record(measure(work / "snapshot", vocabulary, questions, world))
                 due["measure"] = time.monotonic()
     trainer.save(work / "state.pt")
 
@@ -300,11 +304,11 @@ def main(
     torch.set_num_threads(threads)
     settings = Settings(rate=rate, noise=noise, seed=seed, mix=parse_mix(mix))
     vocabulary = Vocabulary(out / "tokenizer.model")
-    trainer, corpus = train(settings, vocabulary, work, minutes, out, weights)
+    world = dialogues.load()
+    trainer, corpus = train(settings, vocabulary, work, minutes, out, world, weights)
     write_model(trainer.model, out, out)
-    requests = heldout_requests(corpus, FINALLY_MEASURED)
-    final = measure(out, vocabulary, requests, domain.build())
-    Log(work / "lm" / "log.jsonl", Console()).record({"heldout_requests": len(requests), **final})
+    final = measure(out, vocabulary, heldout_questions(corpus, world, FINALLY_MEASURED), world)
+    Log(work / "lm" / "log.jsonl", Console()).record(final)
 
 
 def train(
@@ -313,12 +317,14 @@ def train(
     work: Path,
     minutes: float,
     tokenizer: Path,
+    world: dialogues.Dialogues,
     weights: Path | None = None,
 ) -> tuple[Trainer, Corpus]:
     """Train for ``minutes``, or what is left of them, with state and log in {work}/lm.
 
     Args:
         tokenizer: folder of the files that a snapshot of the model needs beside its weights.
+        world: the domain: what may be said and answered besides what was recorded.
         weights: state of another run to begin with; its optimiser and clock are not taken over.
 
     Returns:
@@ -327,14 +333,13 @@ def train(
     folder = work / "lm"
     folder.mkdir(parents=True, exist_ok=True)
     corpora = load_corpus(work, vocabulary, load_units(work))
-    requests = {text: list(r.replies) for text, r in more_requests().items()}
     streams = Streams(
         corpora["train"],
         vocabulary,
         settings.mix,
         settings.noise,
         settings.seed,
-        requests=requests,
+        examples=world.split("train"),
     )
     trainer = Trainer(settings, vocabulary, streams)
     if (folder / "state.pt").is_file():
@@ -343,7 +348,7 @@ def train(
         trainer.begin_with(weights)
     log = Log(folder / "log.jsonl", Console(), trainer.tokens)
     log.record({"pid": os.getpid(), "from_step": trainer.step, **asdict(settings)})
-    run(trainer, minutes, folder, tokenizer, corpora["heldout"], log)
+    run(trainer, minutes, folder, tokenizer, corpora["heldout"], world, log)
     return trainer, corpora["heldout"]
 
 

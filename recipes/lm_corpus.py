@@ -6,11 +6,12 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import sentencepiece
 
+from recipes.dialogues import action_text
 from recipes.text_tokenizer import read_jsonl
 from stages.units import Units, interleave
 
@@ -86,18 +87,36 @@ class Recording:
     phones: list[tuple[str, int, int]]
 
 
+class Answer(NamedTuple):
+    """A right reply: its words, the style in which they are spoken, and the action before them."""
+
+    words: str
+    style: int
+    action: str = ""  # JSON
+
+    @property
+    def plan(self) -> str:
+        """The reply as it is planned: the action, a blank, the words."""
+        return f"{self.action} {self.words}".strip()
+
+
 @dataclass
 class Corpus:
-    """One split of the recordings with their units, and which request may have which reply."""
+    """One split of the recordings with their units, and which request may have which reply.
+
+    ``later`` are requests that have an answer only after some other turn.
+    """
 
     requests: list[Recording] = field(default_factory=list)
+    later: list[Recording] = field(default_factory=list)
     replies: dict[str, list[Recording]] = field(default_factory=lambda: defaultdict(list))
     sentences: list[Recording] = field(default_factory=list)
-    answers: dict[str, list[tuple[str, int]]] = field(default_factory=lambda: defaultdict(list))
+    answers: dict[str, list[Answer]] = field(default_factory=lambda: defaultdict(list))
 
     @property
     def recordings(self) -> list[Recording]:
-        return [*self.requests, *self.sentences, *(r for rs in self.replies.values() for r in rs)]
+        replies = (r for rs in self.replies.values() for r in rs)
+        return [*self.requests, *self.later, *self.sentences, *replies]
 
 
 def load_units(work: Path) -> dict[str, dict[str, Any]]:
@@ -142,11 +161,20 @@ def load_corpus(
         else:
             for either in corpora.values():
                 either.replies[recording.text].append(recording)
+    later: dict[str, set[str]] = defaultdict(set)
     for row in read_jsonl(work / "corpus" / "dialogs.jsonl"):
-        reply = (row["reply_text"], row["reply_style"])
-        corpora[row["split"]].answers[row["request_text"]].append(reply)
-    for corpus in corpora.values():
-        corpus.requests = [r for r in corpus.requests if r.text in corpus.answers]
+        if row.get("before"):
+            later[row["split"]].add(row["request_text"])
+        else:
+            answer = (row["reply_text"], row["reply_style"], action_text(row.get("action")))
+            corpora[row["split"]].answers[row["request_text"]].append(Answer(*answer))
+    for split, corpus in corpora.items():
+        asked, corpus.requests = corpus.requests, []
+        for recording in asked:
+            if recording.text in corpus.answers:
+                corpus.requests.append(recording)
+            elif recording.text in later[split]:
+                corpus.later.append(recording)
     if not corpora["train"].requests:
         raise ValueError(f"{work}: no request of the corpus has units; run the units recipe")
     return corpora

@@ -4,31 +4,37 @@ A sequence starts with ``<s>`` and the word-boundary piece and goes on with turn
 from a mix of kinds, until it is full. Every token carries the kind of thing it is, from which its
 weight in the loss and the losses in the log follow.
 
-    dialog       [Speech]{request}[Text]{transcript} | {reply}[Speech]{reply spoken}</s>
+    dialog       [Speech]{request}[Text]{transcript} | {plan}[Speech]{reply spoken}</s>
     interrupted  a dialog whose reply was broken off, its words and sounds as far as they were heard
     dialog_text  the same without the spoken reply: more requests in the same time
-    typed        [Text]{transcript} | {reply}[Speech]{reply spoken}</s>
+    typed        [Text]{transcript} | {plan}[Speech]{reply spoken}</s>
     asr          [Speech]{anything}[Text]{transcript} |
     phrase       the same of one to four words: these teach where to look
     collage      the same of phrases of several recordings: what was said before tells nothing
     tts          [Text]{sentence}[Speech]{spoken in the reply voice}</s>
-    composed     dialog_text of any request of the grammar, its speech composed of recorded words
-    chat         [Text]{transcript} | {reply} of any request of the grammar
+    composed     dialog_text of any request of the domain, its speech composed of recorded words
+    chat         [Text]{transcript} | {plan} of any request of the domain
+    followup     turns of all these forms, of which the last means nothing without those before
     interleaved  [Text]{words}[Speech]{the next words}[Text]... switching at random word boundaries
     speech       [Speech]{a reply or sentence in the reply voice}</s>
+
+A plan is the words of the reply, before them its action where it has one, as JSON without blanks.
 """
 
 from __future__ import annotations
 
 import bisect
+import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from recipes.lm_corpus import REPLY_VOICE, Corpus, Recording, Vocabulary
+from recipes import domain
+from recipes.dialogues import Example, Turn, action_text
+from recipes.lm_corpus import REPLY_VOICE, Answer, Corpus, Recording, Vocabulary
 from recipes.lm_hints import COLUMNS, UNKNOWN, Hinter, delayed
 from recipes.lm_voices import PhoneBank
 from recipes.lm_words import Span, WordBank
@@ -45,19 +51,24 @@ WRONG_STYLE = 0.2  # of the disturbed recordings
 # Found by trial: with recorded requests alone the model learnt them by heart and heard them instead
 # of new ones (words wrong: 9 % of train, 51 % of held-out requests after 4 M tokens).
 DEFAULT_MIX = {
-    "composed": 0.22,
-    "collage": 0.14,
-    "chat": 0.14,
-    "dialog": 0.18,
-    "asr": 0.10,
-    "interrupted": 0.05,
-    "dialog_text": 0.09,
-    "tts": 0.06,
-    "typed": 0.03,
-    "interleaved": 0.02,
-    "phrase": 0.01,
-    "speech": 0.01,
+    "composed": 0.20,
+    "collage": 0.10,
+    "chat": 0.25,
+    "followup": 0.06,
+    "dialog": 0.15,
+    "asr": 0.07,
+    "interrupted": 0.03,
+    "dialog_text": 0.05,
+    "tts": 0.05,
+    "typed": 0.02,
+    "interleaved": 0.01,
+    "phrase": 0.005,
+    "speech": 0.005,
 }
+LIVE = 0.5  # of the follow-ups: every turn spoken, as in a conversation
+ANSWERED_ALOUD = 0.3  # of these, the last reply spoken as well
+SPOKEN_TURNS = 0.4  # of the requests of the others
+RECORDED_TURNS = 0.5  # of the spoken requests that were recorded; the rest is composed
 
 
 class Part(NamedTuple):
@@ -83,7 +94,8 @@ class Streams:
         noise: the largest rate at which phonetic units of the user's speech are replaced; each
             recording draws its own rate, so that unknown voices are no surprise.
         revoiced: share of the user's speech in which phones are exchanged (see lm_voices.py).
-        requests: transcript -> right replies, of requests besides the recorded (see lm_words.py).
+        examples: requests besides the recorded, with their answers and the turns before them; by
+            default what was recorded. Every intent is drawn as the root of its examples' number.
     """
 
     def __init__(
@@ -94,7 +106,7 @@ class Streams:
         noise: float = 0.15,
         seed: int = 0,
         revoiced: float = 0.6,
-        requests: Mapping[str, list[str]] | None = None,
+        examples: Sequence[Example] = (),
     ) -> None:
         mix = dict(DEFAULT_MIX if mix is None else mix)
         unknown = set(mix) - set(DEFAULT_MIX)
@@ -116,16 +128,28 @@ class Streams:
         self._hinter = Hinter(vocabulary, self.phones)
         self._with_words = [r for r in self._any if r.words]
         self._words = WordBank(self._with_words, self._between)
-        self._requests = dict(requests or {}) or self._recorded_requests()
-        self._all_transcripts = list(self._requests)
-        self._speakable = [t for t in self._all_transcripts if self._words.knows(t)]
+        examples = examples or self._recorded_examples()
+        asked = [e for e in examples if not e.before]
+        self._asked = _ByIntent(asked)
+        self._speakable = _ByIntent(e for e in asked if self._words.knows(e.transcript))
+        self._later = _ByIntent(e for e in examples if e.before)
+        self._recorded: dict[str, list[Recording]] = defaultdict(list)
+        for recording in (*corpus.requests, *corpus.later):
+            self._recorded[recording.transcript].append(recording)
         self._by_voice: dict[str, list[Recording]] = defaultdict(list)
         for recording in self._with_words:
             self._by_voice[recording.voice].append(recording)
 
-    def _recorded_requests(self) -> dict[str, list[str]]:
-        answers = self.corpus.answers
-        return {r.transcript: [a for a, _ in answers[r.text]] for r in self.corpus.requests}
+    def _recorded_examples(self) -> list[Example]:
+        found = {}
+        for text in {r.text: None for r in self.corpus.requests}:
+            answers = self.corpus.answers[text]
+            words = tuple(answer.words for answer in answers)
+            _, style, action = answers[0]
+            found[text] = Example(
+                "", text, (), words, style, "train", action=json.loads(action or "null")
+            )
+        return list(found.values())
 
     def batch(self, step: int, rows: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ids and kinds, both ``[rows, length + 1]``, and hints ``[rows, length + 1, 4]``.
@@ -145,10 +169,13 @@ class Streams:
         parts = [Part(_ids(v.bos, v.boundary), MASKED)]
         size = 2
         while size < length:
-            turn = getattr(self, f"_{self._names[rng.choice(len(self._names), p=self._shares)]}")
-            for part in turn(rng):
-                parts.append(part)
-                size += len(part.ids)
+            name = self._names[rng.choice(len(self._names), p=self._shares)]
+            turn = getattr(self, f"_{name}")(rng)
+            more = sum(len(part.ids) for part in turn)
+            if name == "followup" and size + more > length and len(parts) > 1:
+                continue  # its end is what matters, and would be cut off
+            parts += turn
+            size += more
         ids = np.concatenate([part.ids for part in parts])[:length]
         kinds = np.concatenate([np.full(len(part.ids), part.kind) for part in parts])[:length]
         nothing = [np.full((len(part.ids), COLUMNS), UNKNOWN) for part in parts]
@@ -164,18 +191,20 @@ class Streams:
     def _interrupted(self, rng: np.random.Generator) -> list[Part]:
         """What the agent makes of a reply that was interrupted: no end of it is to be learnt."""
         request, v = _pick(rng, self.corpus.requests), self.vocabulary
-        text, _ = _pick(rng, self.corpus.answers[request.text])
+        answer = _pick(rng, self.corpus.answers[request.text])
         spoken = [
-            r for r in self.corpus.replies.get(text, ()) if r.voice == REPLY_VOICE and r.words
+            r
+            for r in self.corpus.replies.get(answer.words, ())
+            if r.voice == REPLY_VOICE and r.words
         ]
         if not spoken:
             return self._dialog_text(rng)
         recording = _pick(rng, spoken)
-        words, count = text.split(), len(recording.words)
+        words, count = answer.words.split(), len(recording.words)
         heard = int(rng.integers(count + 1))
         _, last = self._between(recording, 0, heard)
         last = int(np.clip(last + rng.integers(-3, 4), 0, len(recording.ids)))
-        kept = " ".join(words[: round(heard / count * len(words))])
+        kept = answer._replace(words=" ".join(words[: round(heard / count * len(words))])).plan
         plan = (
             self._text_turn(request.transcript, kept)
             if kept
@@ -197,21 +226,56 @@ class Streams:
         return [Part(_ids(v.text_tag), MASKED), Part(heard.ids, OTHER), *answer]
 
     def _composed(self, rng: np.random.Generator) -> list[Part]:
-        transcript = _pick(rng, self._speakable)
+        example = self._speakable.pick(rng)
+        answer = self._text_turn(example.transcript, _answer(rng, example).plan)
+        return [*self._composed_speech(rng, example.transcript), *answer, self._masked_end]
+
+    def _composed_speech(self, rng: np.random.Generator, transcript: str) -> list[Part]:
         spans = self._words.speak(rng, transcript, lambda r: self._said_by_anybody(rng, r)[0])
-        reply = _pick(rng, self._requests[transcript])
-        answer = self._text_turn(transcript, reply)
-        return [*self._listened(rng, self._joined(spans)), *answer, self._masked_end]
+        return self._listened(rng, self._joined(spans))
 
     def _chat(self, rng: np.random.Generator) -> list[Part]:
-        transcript = _pick(rng, self._all_transcripts)
-        reply = _pick(rng, self._requests[transcript])
-        heard, answer = self._text_turn(transcript, reply)
-        tag = _ids(self.vocabulary.text_tag)
-        return [Part(tag, MASKED), Part(heard.ids, MASKED), answer, self._masked_end]
+        example = self._asked.pick(rng)
+        return self._written_turn(example.transcript, _answer(rng, example))
 
-    def _text_turn(self, transcript: str, reply: str) -> list[Part]:
-        both = self.vocabulary.text(transcript + SEPARATOR + reply)
+    def _written_turn(self, transcript: str, answer: Answer) -> list[Part]:
+        """A request that was typed and its answer, not spoken."""
+        heard, planned = self._text_turn(transcript, answer.plan)
+        tag = _ids(self.vocabulary.text_tag)
+        return [Part(tag, MASKED), Part(heard.ids, MASKED), planned, self._masked_end]
+
+    def _followup(self, rng: np.random.Generator) -> list[Part]:
+        if not self._later:
+            return self._chat(rng)
+        example = self._later.pick(rng)
+        words, style, _ = _answer(rng, example)
+        turns = (*example.before, Turn(example.text, words, style, example.action))
+        live = rng.random() < LIVE
+        last_aloud = rng.random() < ANSWERED_ALOUD
+        parts: list[Part] = []
+        for turn in turns:
+            spoken = live or rng.random() < SPOKEN_TURNS
+            aloud = live and (turn is not turns[-1] or last_aloud)
+            parts += self._past_turn(rng, turn, spoken, aloud)
+        return parts
+
+    def _past_turn(
+        self, rng: np.random.Generator, turn: Turn, spoken: bool, aloud: bool
+    ) -> list[Part]:
+        """One turn of a dialogue; ``spoken``: the request, ``aloud``: the reply."""
+        said = domain.transcript(turn.request)
+        answer = Answer(turn.reply, turn.style, action_text(turn.action))
+        recordings = self._recorded.get(said)
+        if not spoken or not (recordings or self._words.knows(said)):
+            return self._written_turn(said, answer)
+        if recordings and rng.random() < RECORDED_TURNS:
+            heard = self._heard(rng, _pick(rng, recordings))
+        else:
+            heard = self._composed_speech(rng, said)
+        return [*heard, *self._reply(rng, said, answer, aloud)]
+
+    def _text_turn(self, transcript: str, plan: str) -> list[Part]:
+        both = self.vocabulary.text(transcript + SEPARATOR + plan)
         heard = len(self.vocabulary.text(transcript + SEPARATOR.rstrip()))
         return [Part(both[:heard], TRANSCRIPT), Part(both[heard:], REPLY_TEXT)]
 
@@ -333,11 +397,18 @@ class Streams:
         return [Part(text, TRANSCRIPT), Part(self._separator, TRANSCRIPT)]
 
     def _answer(self, rng: np.random.Generator, request: Recording, spoken: bool) -> list[Part]:
-        """Transcript, separator, reply, and the reply spoken in its style."""
-        text, style = _pick(rng, self.corpus.answers[request.text])
-        parts = self._text_turn(request.transcript, text)
-        recordings = [r for r in self.corpus.replies.get(text, ()) if r.voice == REPLY_VOICE]
-        fitting = [r for r in recordings if r.style == style] or recordings
+        """Transcript, separator, plan, and the reply spoken in its style."""
+        answer = _pick(rng, self.corpus.answers[request.text])
+        return self._reply(rng, request.transcript, answer, spoken)
+
+    def _reply(
+        self, rng: np.random.Generator, transcript: str, answer: Answer, spoken: bool
+    ) -> list[Part]:
+        parts = self._text_turn(transcript, answer.plan)
+        recordings = [
+            r for r in self.corpus.replies.get(answer.words, ()) if r.voice == REPLY_VOICE
+        ]
+        fitting = [r for r in recordings if r.style == answer.style] or recordings
         if not spoken or not fitting:
             return [*parts, self._masked_end]
         tag, *speech = self._speak(_pick(rng, fitting))
@@ -370,8 +441,32 @@ def _ids(*ids: int) -> np.ndarray:
     return np.array(ids, dtype=np.int64)
 
 
-def _pick(rng: np.random.Generator, items: list[Any]) -> Any:
-    return items[rng.integers(len(items))]
+def _pick(rng: np.random.Generator, items: Sequence[Any]) -> Any:
+    return items[int(rng.integers(len(items)))]
+
+
+def _answer(rng: np.random.Generator, example: Example) -> Answer:
+    """One of the right answers."""
+    return Answer(_pick(rng, example.replies), example.style, action_text(example.action))
+
+
+class _ByIntent:
+    """Draws examples so that intents with many do not drown the others."""
+
+    def __init__(self, examples: Iterable[Example]) -> None:
+        groups: dict[str, list[Example]] = defaultdict(list)
+        for example in examples:
+            groups[example.intent].append(example)
+        self._groups = list(groups.values())
+        roots = np.sqrt([len(group) for group in self._groups])
+        self._shares = roots / max(1.0, roots.sum())
+
+    def __bool__(self) -> bool:
+        return bool(self._groups)
+
+    def pick(self, rng: np.random.Generator) -> Example:
+        group = self._groups[rng.choice(len(self._groups), p=self._shares)]
+        return group[rng.integers(len(group))]
 
 
 def _spans(rng: np.random.Generator, words: int) -> list[int]:

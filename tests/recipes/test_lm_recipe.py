@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +17,18 @@ import torch.nn.functional as F
 import typer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from recipes import domain, lm, lm_corpus, lm_data, lm_hints, lm_words, text_tokenizer
+from recipes import (
+    dialogues,
+    domain,
+    lm,
+    lm_corpus,
+    lm_data,
+    lm_hints,
+    lm_measure,
+    lm_words,
+    text_tokenizer,
+)
+from recipes.dialogues import Dialogues, Example, Turn
 from recipes.lm_data import DEFAULT_MIX, KINDS, MASKED, REPLY_TEXT, REPLY_UNITS, TRANSCRIPT
 from recipes.lm_model import BlockAttention, TrainableLlama
 from recipes.lm_voices import PhoneBank
@@ -29,6 +41,9 @@ REQUESTS = {
     "What time is it?": ["It is noon."],
     "Please go left.": ["I go to the left."],
 }
+GO_LEFT = {"action": "turn", "direction": "left"}
+ACTIONS = {"Please go left.": GO_LEFT}
+AFTER = "And nano?"  # means nothing alone
 HELDOUT = "Could you turn left?"
 BOOK = "The quick brown fox is not lazy."
 
@@ -64,6 +79,7 @@ def manifest_rows() -> list[dict[str, Any]]:
             add(reply, "reply", "heart")
             add(reply, "reply", "heart", style=1)
             add(reply, "reply", "rms")
+    add(AFTER, "request", "rms")
     add(HELDOUT, "request", "slt", "heldout")
     add(BOOK, "book", "heart")
     add(BOOK, "book", "awb")
@@ -93,11 +109,16 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("work")
     rows = manifest_rows()
     dialogs = [
-        {"intent": "x", "request_text": q, "reply_text": a, "reply_style": 1, "split": "train"}
+        {
+            "intent": "x", "request_text": q, "reply_text": a, "reply_style": 1, "split": "train",
+            "action": ACTIONS.get(q), "before": [],
+        }
         for q, answers in REQUESTS.items()
         for a in answers
-    ]
+    ]  # fmt: skip
     dialogs.append({**dialogs[-1], "request_text": HELDOUT, "split": "heldout"})
+    past = {"request": "Hello, nano.", "reply": "Hello!", "style": 0, "action": None}
+    dialogs.append({**dialogs[0], "request_text": AFTER, "before": [past]})
     (path / "units").mkdir()
     (path / "corpus").mkdir()
     units = [units_of(row) for row in rows]
@@ -209,8 +230,9 @@ def test_a_dialog_has_a_right_reply_in_the_reply_voice_and_style(
     parts = turn(streams, "dialog", seed)
     written = "".join(text for text, _ in parts)
     assert written.startswith("[Speech][St0]") and written.count("[Text]") == 1
-    answer = text_of(parts, REPLY_TEXT).removesuffix("[Speech]").strip()
-    assert answer in REQUESTS[request.text]
+    plan = text_of(parts, REPLY_TEXT).removesuffix("[Speech]").strip()
+    action, answer = dialogues.read_plan(plan)
+    assert answer in REQUESTS[request.text] and action == ACTIONS.get(request.text)
     assert text_of(parts, TRANSCRIPT) == f"{request.transcript} |"
     spoken = text_of(parts, REPLY_UNITS)
     wanted = {
@@ -227,7 +249,8 @@ def test_an_interrupted_reply_is_a_beginning_of_words_and_sounds(
 ) -> None:
     parts = turn(streams, "interrupted", seed)
     assert text_of(parts, TRANSCRIPT).endswith("|")
-    words, sounds = text_of(parts, REPLY_TEXT).strip(), text_of(parts, REPLY_UNITS)
+    _, words = dialogues.read_plan(text_of(parts, REPLY_TEXT).strip())
+    sounds = text_of(parts, REPLY_UNITS)
     decode = streams.vocabulary.processor.DecodeIds
     assert any(
         reply.startswith(words) and decode(recording.ids.tolist()).startswith(sounds)
@@ -235,6 +258,85 @@ def test_an_interrupted_reply_is_a_beginning_of_words_and_sounds(
         for recording in recordings
     )
     assert parts[-1] == ("</s>", MASKED) or parts[-1][1] == MASKED
+
+
+@pytest.fixture(scope="module")
+def tokenizer(work: Path) -> Tokenizer:
+    return Tokenizer.load(work / "model")
+
+
+def string(tokenizer: Tokenizer, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def followup(
+    streams: lm_data.Streams, tokenizer: Tokenizer, live: bool, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """A follow-up to a request that does something, as its string."""
+    turn_left = Turn("Please go left.", "I go to the left.", 0, GO_LEFT)
+    example = Example("and", AFTER, (), ("Hello!",), 0, "train", before=(turn_left,))
+    streams._later = lm_data._ByIntent([example])
+    monkeypatch.setattr(lm_data, "LIVE", float(live))
+    monkeypatch.setattr(lm_data, "SPOKEN_TURNS", 0.0)
+    parts = streams._followup(np.random.default_rng(0))
+    return string(tokenizer, np.concatenate([part.ids for part in parts]).tolist())
+
+
+def test_a_typed_follow_up_stands_after_the_turn_it_needs(
+    streams: lm_data.Streams, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert followup(streams, tokenizer, False, monkeypatch) == (
+        '[Text]please go left | {"action":"turn","direction":"left"} I go to the left.</s>'
+        "[Text]and nano | Hello!</s>"
+    )
+
+
+def test_a_live_follow_up_has_the_form_of_a_conversation(
+    streams: lm_data.Streams, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, last, *_ = followup(streams, tokenizer, True, monkeypatch).split("</s>")
+    plan = r'\[Text\]please go left \| \{"action":"turn","direction":"left"\} I go to the left\.'
+    units = r"(\[(St|Pi|Hu)\d+\])+"
+    assert re.fullmatch(rf"\[Speech\]{units}{plan}\[Speech\]{units}", first)
+    assert re.match(rf"\[Speech\]{units}\[Text\]and nano \| Hello!", last)
+
+
+def test_a_follow_up_is_never_cut_off(
+    corpora: dict[str, lm_corpus.Corpus], vocabulary: lm_corpus.Vocabulary
+) -> None:
+    turns = (Turn("Hello, nano.", "Hello!"), Turn("What time is it?", "It is noon."))
+    examples = [
+        Example("and", AFTER, (), ("Hi there!",), 0, "train", before=turns),
+        Example("x", "Hello, nano.", (), ("Hello!",), 0, "train"),
+    ]
+    mix = {"followup": 0.7, "chat": 0.3}
+    streams = lm_data.Streams(corpora["train"], vocabulary, mix, 0.0, examples=examples)
+    whole = 0
+    for seed in range(20):
+        ids, *_ = streams.sequence(np.random.default_rng(seed), 400)
+        text = vocabulary.processor.DecodeIds(ids.tolist())
+        begun, ended = text.count("what time is it"), text.count("Hi there!")
+        assert begun == ended
+        whole += ended
+    assert whole > 10
+
+
+def test_a_follow_up_is_no_request_by_itself(corpora: dict[str, lm_corpus.Corpus]) -> None:
+    train = corpora["train"]
+    assert [r.text for r in train.later] == [AFTER] and AFTER not in train.answers
+    assert AFTER not in {r.text for r in train.requests}
+    assert AFTER in {r.text for r in train.recordings}, "but what it says can be heard"
+
+
+def test_intents_with_many_examples_do_not_drown_the_others() -> None:
+    def example(intent: str, number: int) -> Example:
+        return Example(intent, f"{intent} {number}", (), ("Yes.",), 0, "train")
+
+    many = [example("many", i) for i in range(400)]
+    drawn = lm_data._ByIntent([*many, *(example("few", i) for i in range(4))])
+    rng = np.random.default_rng(0)
+    few = sum(drawn.pick(rng).intent == "few" for _ in range(2000))
+    assert 130 < few < 240  # one in eleven, where they are one in a hundred
 
 
 def test_no_end_is_learnt_after_a_reply_that_is_not_spoken(streams: lm_data.Streams) -> None:
@@ -399,6 +501,99 @@ def test_heldout_requests_are_never_trained(
     assert [r.text for r in corpora["heldout"].requests] == [HELDOUT]
     assert HELDOUT not in {r.text for r in streams._any}
     assert HELDOUT not in streams.corpus.answers
+
+
+# ----------------------------------------------------------------------------------- measuring
+
+
+class Parrot:
+    """A language model that writes what it was told to, whatever it hears."""
+
+    def __init__(self, vocabulary: lm_corpus.Vocabulary, *says: str) -> None:
+        self.says = [[*vocabulary.text(text).tolist(), vocabulary.speech_tag] for text in says]
+        self.prompt: list[int] = []
+
+    def reset(self) -> None:
+        self.prompt, self.rest = [], self.says.pop(0)
+
+    def append(self, ids: list[int]) -> None:
+        self.prompt += ids
+
+    def decode(self, sampling: Sampling) -> int:
+        return self.rest.pop(0)
+
+
+WORLD = Dialogues(
+    [
+        Example("left", HELDOUT, (), ("I go to the left.",), 0, "heldout", False, action=GO_LEFT),
+        Example("and", AFTER, (), ("Hello!",), 0, "heldout", before=(Turn("Hi.", "Hi there!"),)),
+        Example("time", "What time is it?", (), ("It is noon.",), 0, "train"),
+    ],
+    {},
+)
+
+
+def test_what_is_measured_is_held_out_spoken_and_typed(
+    corpora: dict[str, lm_corpus.Corpus],
+) -> None:
+    chosen = lm_measure.heldout_questions(corpora["heldout"], WORLD)
+    texts = {k: [(q.example.text, q.recording is not None) for q in qs] for k, qs in chosen.items()}
+    assert texts == {
+        "first": [(HELDOUT, True)],
+        "added": [],
+        "typed_first": [(HELDOUT, False)],
+        "typed_added": [(AFTER, False)],
+    }
+
+
+def measured(
+    monkeypatch: pytest.MonkeyPatch,
+    vocabulary: lm_corpus.Vocabulary,
+    question: lm_measure.Question,
+    says: str,
+) -> tuple[dict[str, Any], list[int]]:
+    parrot = Parrot(vocabulary, says)
+    monkeypatch.setattr(LanguageModel, "load", lambda folder: parrot)
+    scores = lm_measure.measure(Path(), vocabulary, {"some": [question]}, WORLD)["some"]
+    return scores, parrot.prompt
+
+
+ACT = '{"action":"turn","direction":"left"}'
+
+
+@pytest.mark.parametrize(
+    ("says", "right", "action"),
+    [
+        (f"{ACT} I go to the left.", 1.0, 1.0),
+        ("I go to the left.", 0.0, 0.0),
+        (f"{ACT} It is noon.", 0.0, 1.0),
+        ('{"action":"turn","direction":"right"} I go to the left.', 0.0, 0.0),
+        ('{"action":"turn", I go to the left.', 0.0, 0.0),
+    ],
+)
+def test_an_answer_is_right_in_words_and_action(
+    monkeypatch: pytest.MonkeyPatch,
+    vocabulary: lm_corpus.Vocabulary,
+    corpora: dict[str, lm_corpus.Corpus],
+    tokenizer: Tokenizer,
+    says: str,
+    right: float,
+    action: float,
+) -> None:
+    spoken = lm_measure.heldout_questions(corpora["heldout"], WORLD)["first"][0]
+    heard = "could you turn left"
+    scores, prompt = measured(monkeypatch, vocabulary, spoken, f"{heard} | {says}")
+    assert scores == {"n": 1, "right": right, "action": action, "wer": 0.0}
+    assert re.fullmatch(r"<s> \[Speech\](\[\w+\])+\[Text\]", string(tokenizer, prompt))
+
+
+def test_a_follow_up_is_asked_after_the_turns_before_it(
+    monkeypatch: pytest.MonkeyPatch, vocabulary: lm_corpus.Vocabulary, tokenizer: Tokenizer
+) -> None:
+    question = lm_measure.Question(WORLD.examples[1])
+    scores, prompt = measured(monkeypatch, vocabulary, question, " Hello!")
+    assert string(tokenizer, prompt) == "<s> [Text]hi | Hi there!</s>[Text]and nano |"
+    assert scores == {"n": 1, "right": 1.0}
 
 
 def test_the_mix_is_checked() -> None:

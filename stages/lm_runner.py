@@ -111,11 +111,12 @@ class Runner:
         """
         if self._masks[slot].is_for(mask):
             return False
+        if mask is not None:
+            checked(mask.cpu().numpy())  # before that stream is left on which it was written
         with self.on_stream():
             if mask is None:
                 self.network.banned[slot].fill_(False)
             else:
-                checked(mask.cpu().numpy())
                 self.network.banned[slot].copy_(~mask)
         self._masks[slot] = _Mask(mask)
         return True

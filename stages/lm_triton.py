@@ -23,7 +23,7 @@ from torch import Tensor
 from stages import lm_kernels
 from stages.llama_weights import LlamaConfig, Weights, random_llama
 from stages.lm_linear import Dense, Linear, Scaled
-from stages.lm_sampling import Sampling
+from stages.lm_sampling import Controls, Sampling, choose_rows, uniform
 from stages.lm_static import LAST_CHOSEN, WIDTH, Row, StaticNetwork, table
 
 MATVEC = {"rows": 4, "columns": 1024, "warps": 4}
@@ -32,6 +32,26 @@ others)."""
 _KEYS = 32  # keys that a program of the attention reads at a time
 _PROGRAMS = 1024  # how many programs of the attention are wanted, to fill a large GPU
 _MOST_SPLITS = 16
+
+
+def choose(
+    rows: int, logits: Tensor, banned: Tensor, controls: Tensor, chosen: Tensor, picked: Tensor
+) -> None:
+    """Choose a token for each of the first ``rows`` rows of ``controls``; the tensors are those of
+    :class:`stages.lm_static.StaticNetwork`."""
+    size = logits.shape[-1]
+    lm_kernels.choose[(rows,)](
+        logits,
+        banned.view(torch.uint8),
+        controls,
+        controls.view(torch.float32),
+        chosen,
+        picked,
+        size,
+        BLOCK=triton.next_power_of_2(size),
+        WIDTH=WIDTH,
+        num_warps=32 if size > 8192 else 8,
+    )
 
 
 class TritonNetwork(StaticNetwork):
@@ -49,19 +69,7 @@ class TritonNetwork(StaticNetwork):
 
     @torch.inference_mode()
     def choose(self, rows: int) -> None:
-        size = self.config.vocab_size
-        lm_kernels.choose[(rows,)](
-            self.logits,
-            self.banned.view(torch.uint8),
-            self.controls,
-            self._fractions,
-            self.chosen,
-            self.picked,
-            size,
-            BLOCK=triton.next_power_of_2(size),
-            WIDTH=WIDTH,
-            num_warps=32 if size > 8192 else 8,
-        )
+        choose(rows, self.logits, self.banned, self.controls, self.chosen, self.picked)
 
     def _norm_linear(self, x: Tensor, norm: Tensor, matrix: Linear) -> Tensor:
         # float32 for the logits: in bfloat16 the likeliest ones would tie.
@@ -200,8 +208,11 @@ def usable(device: torch.device) -> bool:
 
 @torch.inference_mode()
 def disagreement(device: torch.device) -> str:
-    """Where a small random network in float32 differs between kernels and PyTorch; empty if
-    nowhere."""
+    """Where a small random network in float32, or the choice among many tokens, differs between
+    kernels and PyTorch; empty if nowhere."""
+    for vocabulary in (2000, 32768):
+        if choices(device, vocabulary) < 0.9:  # a draw may fall on the border of two tokens
+            return f"tokens chosen among {vocabulary}"
     weights = random_llama(SMALL, device, torch.float32)
     plain, fast = (kind(SMALL, weights, 96, 2, 64) for kind in (StaticNetwork, TritonNetwork))
     ids = torch.arange(3, 43).tolist()
@@ -225,6 +236,31 @@ def disagreement(device: torch.device) -> str:
         if not torch.equal(fast.picked[:live], plain.picked[:live]):
             return f"tokens of a step of {width}"
     return ""
+
+
+def choices(device: torch.device, vocabulary: int, count: int = 18) -> float:
+    """The share of tokens that are chosen as PyTorch chooses them."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 5 * torch.randn(count + 1, vocabulary, generator=generator)
+    banned = torch.rand(count + 1, vocabulary, generator=generator) < 0.4
+    logits[:, 7] = logits[:, 9]
+    kinds = [
+        Sampling(greedy=True),
+        Sampling(),
+        Sampling(temperature=0.7, top_p=1.0),
+        Sampling(temperature=1.3, top_p=0.5, top_k=40),
+        Sampling(temperature=2.0, top_p=1.0, top_k=3),
+        Sampling(top_p=1e-4),
+    ]
+    samplings = [kinds[i % len(kinds)] for i in range(count)]
+    rows = [Row(0, i, 5, s, uniform(0, i)) for i, s in enumerate(samplings)]
+    chosen = torch.full((count + 1,), -1, device=device)
+    picked = torch.full((count,), -1, device=device)
+    choose(count, logits.to(device), banned.to(device), table(rows).to(device), chosen, picked)
+    given = Controls.of(samplings, [row.draw for row in rows])
+    expected = choose_rows(logits[:count], banned[:count], given)
+    same = (picked.cpu() == expected) & (chosen[:count].cpu() == expected)
+    return float(same.float().mean())
 
 
 SMALL = LlamaConfig(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from types import TracebackType
 
@@ -210,7 +211,7 @@ class StreamEngine:
 
     def __init__(self, shared: SharedDecoder, slot: int) -> None:
         self._shared, self._slot = shared, slot
-        self._open = True
+        self._release = weakref.finalize(self, shared.release, slot)  # once, closed or dropped
         self.held = -1
 
     def feed(self, ids: Sequence[int], start: int) -> None:
@@ -251,6 +252,4 @@ class StreamEngine:
 
     def close(self) -> None:
         """Give the slot back."""
-        if self._open:
-            self._open = False
-            self._shared.release(self._slot)
+        self._release()

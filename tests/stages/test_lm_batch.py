@@ -155,6 +155,12 @@ def test_there_are_as_many_streams_as_were_asked_for(shared: SharedDecoder) -> N
     torch.testing.assert_close(again.logits, expected.logits, atol=1e-4, rtol=0)
 
 
+def test_a_stream_that_is_dropped_gives_its_place_back(shared: SharedDecoder) -> None:
+    lms = [stream(shared) for _ in range(4)]
+    lms.pop()
+    assert stream(shared).length == 0
+
+
 def test_an_impossible_mask_is_the_fault_of_one_stream_only() -> None:
     with SharedDecoder(SHAPE, WEIGHTS, CAPACITY, streams=2, wait_s=LONG) as decoder:
         good, bad = stream(decoder), stream(decoder)

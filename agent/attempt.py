@@ -107,6 +107,15 @@ class Opened:
     trace: TurnTrace
 
 
+@dataclass(frozen=True)
+class Written:
+    """A turn begins whose request is ``text``; or, with ``say``, whose reply it is."""
+
+    trace: TurnTrace
+    text: str
+    say: bool = False
+
+
 @dataclass(frozen=True, eq=False)
 class Sound:
     """More of the request: float32 ``[n]`` at 16 kHz."""
@@ -125,9 +134,10 @@ class News:
 
 @dataclass(frozen=True)
 class Wanted:
-    """Encode what was heard exactly, then reply to it."""
+    """Encode what was heard exactly, then reply to it. Nothing was heard if it was ``typed``."""
 
     attempt: Attempt
+    typed: bool = False
 
 
 @dataclass(frozen=True)
@@ -146,7 +156,7 @@ class Over:
     forget: bool = False
 
 
-Order = Opened | Sound | News | Wanted | Over
+Order = Opened | Written | Sound | News | Wanted | Over
 
 
 # From ``think`` to ``speak``, and on to ``deliver``.

@@ -7,6 +7,8 @@
         │           └─────────────────────────────┘ │  (barge-in, or went on before a sound)
         └───────────────────────────────────────────┘
 
+A request that is typed goes from listening to answering at once.
+
 It decides and does nothing: every input is a method that returns the actions to take, in order.
 There is no clock in it and no audio; positions are samples of the session's clock, ``now`` is
 seconds of any clock that never goes back. What makes no sense in a state changes nothing.
@@ -38,6 +40,7 @@ _S = State
 _MOVES = frozenset(
     {
         (_S.LISTENING, _S.HEARING),
+        (_S.LISTENING, _S.ANSWERING),
         (_S.HEARING, _S.MAYBE_FINISHED),
         (_S.HEARING, _S.ANSWERING),
         (_S.HEARING, _S.LISTENING),
@@ -56,6 +59,13 @@ class Begin:
 
     turn: int
     over: bool = False
+
+
+@dataclass(frozen=True)
+class BeginTyped:
+    """Open ``turn``; its request is there already, as text."""
+
+    turn: int
 
 
 @dataclass(frozen=True)
@@ -114,7 +124,9 @@ class DropOverlap:
     """The speech kept back was no turn: a cough, or "mm-hmm"."""
 
 
-Action = Begin | Prepare | Discard | Answer | Duck | Close | Stop | Forget | DropOverlap
+Action = (
+    Begin | BeginTyped | Prepare | Discard | Answer | Duck | Close | Stop | Forget | DropOverlap
+)
 
 
 @dataclass
@@ -148,6 +160,7 @@ class TurnTaking:
         self._moved = moved
         self._overlap: _Overlap | None = None
         self._heard = 0
+        self._typed = False  # the turn's request cannot go on in speech
         self._progress = 0.0
         self._position = 0
         self.state = State.LISTENING
@@ -167,7 +180,7 @@ class TurnTaking:
             return self._begin("speech", now)
         if self.state is not State.ANSWERING:
             return []
-        if not self._heard:
+        if not (self._heard or self._typed):
             self.preparing = False
             self._move(State.HEARING, "went on before a sound of the reply", now)
             return [Discard(self.turn)]
@@ -226,6 +239,16 @@ class TurnTaking:
             return self._begin("speech that began over the reply", now)
         return []
 
+    def typed(self, now: float) -> list[Action]:
+        """A request was typed. Nothing comes of it while somebody speaks: try again later."""
+        if self.state is not State.LISTENING or self._overlap:
+            return []
+        self.turn += 1
+        self.preparing = self._typed = True
+        self._heard = 0
+        self._move(State.ANSWERING, "typed", now)
+        return [BeginTyped(self.turn), Prepare(self.turn), Answer(self.turn)]
+
     # What becomes of the reply.
 
     def working(self, now: float) -> None:
@@ -281,7 +304,7 @@ class TurnTaking:
     def _begin(self, reason: str, now: float) -> list[Action]:
         over, self._overlap = self._overlap is not None, None
         self.turn += 1
-        self.preparing = False
+        self.preparing = self._typed = False
         self._move(State.HEARING, reason, now)
         return [Begin(self.turn, over)]
 

@@ -24,6 +24,7 @@ class Ears:
 
     Attributes:
         speech: where the latest utterance began, and where it last seemed to end; samples.
+        position: samples that have arrived.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Ears:
         self._recent: deque[np.ndarray] = deque()  # the end of the request
         self._judging: asyncio.Task[None] | None = None
         self.speech = (0, 0)
+        self.position = 0
 
     @property
     def in_utterance(self) -> bool:
@@ -47,6 +49,7 @@ class Ears:
 
     def arrived(self, position: int) -> None:
         """Audio up to ``position`` is here now."""
+        self.position = position
         self._arrivals.arrived(position, self._clock())
 
     def when(self, sample: int) -> float:

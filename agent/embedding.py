@@ -31,7 +31,14 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Coroutine, Iterator
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterator,
+)
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,12 +46,12 @@ from typing import Any, TypeVar
 import numpy as np
 
 from agent.config import Config, load_config
-from agent.events import Event
+from agent.errors import UserError
+from agent.events import Event, TurnEnded
 from agent.models import Models
 from agent.playback import Playback
+from agent.reply import Memory
 from agent.session import Session
-from agent.typed import TypedReplies, beside
-from agent.workers import Worker
 from stages import SAMPLE_RATE
 
 T = TypeVar("T")
@@ -120,19 +127,22 @@ class AudioPush:
 class SpeechAgent:
     """Models and what can be done with them: conversations, typed requests, words to be said.
 
-    Use it as an async context manager. One conversation and one typed request run at a time;
+    Use it as an async context manager. One conversation and one typed request go on at a time;
     give further agents the same ``models``, and they share the weights.
+
+    Typed requests belong to the conversation that is going on. Without one they make a conversation
+    of their own, which remembers them until :meth:`converse` or :meth:`reset`.
     """
 
     def __init__(self, config: Config, models: Models | None = None) -> None:
         """``models`` saves loading them again; otherwise entering the context loads them."""
         self._config = config
-        self._models = None if models is None else beside(models)
-        self._typed: TypedReplies | None = None
-        self._writer = Worker("typed")
+        self._models = None if models is None else models.beside()
         self._writing = asyncio.Lock()
-        self._turn = 0
         self._session: Session | None = None
+        self._silent: _Silent | None = None
+        self._memory: Memory | None = None  # what the next conversation begins with
+        self._readers: set[asyncio.Queue[Event | BaseException]] = set()
         self._pushed = AudioPush()
 
     @classmethod
@@ -159,7 +169,7 @@ class SpeechAgent:
         return self
 
     async def __aexit__(self, *exception: object) -> None:
-        await self._writer.close()
+        await self.reset()
 
     @property
     def models(self) -> Models:
@@ -187,56 +197,132 @@ class SpeechAgent:
         """
         if self._session is not None:
             raise RuntimeError("a conversation is going on: end it first")
+        await self.reset()
         if source is None:
             source = self._pushed
         if isinstance(source, np.ndarray):
             source = _whole(source)
         try:
-            async with Session(self.models, self._config) as self._session:
+            memory, self._memory = self._memory, None
+            async with Session(self.models, self._config, memory=memory) as self._session:
                 events = self._session.converse(source, playback)
                 async with aclosing(events):
                     async for event in events:
+                        self._tell(event)
                         yield event
         finally:
             self._session = None
+            self._tell(UserError("the conversation is over"))
             if source is self._pushed:
                 self._pushed = AudioPush()
 
-    async def interrupt(self, reason: str = "interrupted") -> None:
-        """Stop the reply of the conversation that is going on, if there is one."""
-        if self._session is not None:
-            await self._session.interrupt(reason)
+    @property
+    def memory(self) -> Memory:
+        """What the conversation that is going on remembers; exact when a turn has ended."""
+        return Memory() if self._session is None else self._session.memory
 
-    async def ask(self, text: str) -> AsyncGenerator[Event, None]:
-        """Answer a typed request: the words, the sound, and the turn's end.
-
-        Typed turns count down from -1, so that they are never taken for spoken ones.
+    def restore(self, memory: Memory) -> None:
+        """Let the next conversation go on from there: a :attr:`memory` of the same model.
 
         Raises:
-            UserError: the text is empty, or too long for the model.
+            ValueError: a token in it cannot stand in a conversation.
         """
-        async with aclosing(self._type("ask", text)) as events:
+        memory.check(self.models.tokenizer)
+        self._memory = memory
+
+    async def interrupt(self, reason: str = "interrupted") -> None:
+        """Stop the reply of the conversation that is going on, if there is one."""
+        silent = self._silent.session if self._silent is not None else None
+        if (session := self._session or silent) is not None:
+            await session.interrupt(reason)
+
+    async def ask(self, text: str) -> AsyncGenerator[Event, None]:
+        """Answer a typed request: the events of its turn, to its :class:`TurnEnded`.
+
+        Who stops reading interrupts the reply.
+
+        Raises:
+            UserError: the text is empty, or too long for the model; or the conversation that the
+                request belongs to has ended.
+        """
+        async with aclosing(self._write(text, say=False)) as events:
             async for event in events:
                 yield event
 
     async def say(self, text: str) -> AsyncGenerator[Event, None]:
-        """Speak ``text`` as it is; the same events."""
-        async with aclosing(self._type("say", text)) as events:
+        """Speak ``text`` as it is; otherwise as :meth:`ask`."""
+        async with aclosing(self._write(text, say=True)) as events:
             async for event in events:
                 yield event
 
-    async def _type(self, what: str, text: str) -> AsyncGenerator[Event, None]:
+    async def submit(self, text: str, say: bool = False) -> int:
+        """As :meth:`ask` or :meth:`say`, for those who read the events of :meth:`converse`: waits
+        until the turn has begun and gives its number."""
+        session = self._session
+        if session is None:
+            raise UserError("no conversation is going on: begin one")
+        return await (session.say(text) if say else session.ask(text))
+
+    async def reset(self) -> None:
+        """Forget what was typed without a conversation."""
+        silent, self._silent = self._silent, None
+        if silent is not None:
+            await silent.close()
+
+    def _tell(self, event: Event | BaseException) -> None:
+        for reader in self._readers:
+            reader.put_nowait(event)  # no more than one reply can wait in it
+
+    async def _write(self, text: str, say: bool) -> AsyncGenerator[Event, None]:
         async with self._writing:
-            if self._typed is None:
-                self._typed = await self._writer.run(TypedReplies, self.models)
-            self._turn -= 1
-            make = self._typed.ask if what == "ask" else self._typed.say
-            steps = make(text, self._turn)
-            more = True
-            while more:
-                more, event = await self._writer.run(_step, steps)
-                if event is not None:
-                    yield event
+            session = self._session
+            if session is None:
+                self._silent = self._silent or _Silent(self.models, self._config, self._tell)
+                session = self._silent.session
+            reader: asyncio.Queue[Event | BaseException] = asyncio.Queue()
+            self._readers.add(reader)
+            over = True
+            try:
+                turn = await (session.say(text) if say else session.ask(text))
+                over = False
+                while not over:
+                    event = await reader.get()
+                    if isinstance(event, BaseException):
+                        over = True
+                        raise event
+                    if getattr(event, "turn", None) == turn:
+                        over = isinstance(event, TurnEnded)
+                        yield event
+            finally:
+                self._readers.discard(reader)
+                if not over:
+                    await session.interrupt("nobody reads the reply")
+
+
+class _Silent:
+    """A conversation in which nobody speaks: only typed requests make it go on."""
+
+    def __init__(
+        self, models: Models, config: Config, tell: Callable[[Event | BaseException], None]
+    ) -> None:
+        self.session = Session(models, config)
+        self._tell = tell
+        self._source = AudioPush()
+        self._reading = asyncio.create_task(self._read(), name="typed")
+
+    async def _read(self) -> None:
+        try:
+            async for event in self.session.converse(self._source):
+                self._tell(event)
+        except Exception as error:
+            self._tell(error)
+
+    async def close(self) -> None:
+        """End it; a reply that is being made is let go of."""
+        await self.session.interrupt()
+        self._source.close()
+        await self._reading
+        await self.session.__aexit__()
 
 
 class BlockingAgent:
@@ -316,11 +402,3 @@ async def _next(events: AsyncGenerator[Event, None]) -> Event | None:
 
 async def _whole(wave: np.ndarray) -> AsyncIterator[np.ndarray]:
     yield wave
-
-
-def _step(steps: Iterator[Event | None]) -> tuple[bool, Event | None]:
-    """One step of a reply, in the model's thread: (whether there was one, what it says)."""
-    try:
-        return True, next(steps)
-    except StopIteration:
-        return False, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -102,6 +103,12 @@ class Models:
         for kind in (STYLE, PITCH, HUBERT):
             vocoder.push(Unit(kind, 0))
         vocoder.flush()
+
+    def beside(self) -> Models:
+        """The same weights with a stream of tokens of its own, for one more conversation."""
+        view = copy.copy(self)
+        view.lm = self.lm.another()
+        return view
 
     def turn_end(self) -> TurnEndDetector | None:
         """What judges whether a sentence sounded finished, if that is wanted."""

@@ -12,6 +12,8 @@ speaks for it: its last will says ``offline`` for that device alone.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import logging
 import signal
 import uuid
@@ -26,7 +28,8 @@ from agent.config import Config, load_config
 if TYPE_CHECKING:
     from agent.models import Models
     from agent.mqtt_device import Device
-    from agent.mqtt_link import Broker
+    from agent.mqtt_link import Broker, Link
+    from agent.mqtt_pool import Pool
 
 log = logging.getLogger(__name__)
 
@@ -96,18 +99,42 @@ class Service:
     """
 
     def __init__(self, broker: Broker, models: Models, config: Config) -> None:
-        from agent.mqtt_link import Link
-        from agent.mqtt_wire import FROM_DEVICE
-
         self._broker, self._models, self._config = broker, models, config
-        base = config.mqtt.base
-        patterns = [(f"{base}/+/{name}", int("audio" not in name)) for name in FROM_DEVICE]
-        name = f"spirit-agent-{uuid.uuid4().hex[:12]}"
-        self._link = Link(broker, name, subscriptions=patterns, arrived=self._arrived)
         self._devices: dict[str, Device] = {}
+        self._ending = False
+        self._pool: Pool | None = None
+        self._link = self._pooled() if config.mqtt.shared else self._alone()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._told: OrderedDict[str, float] = OrderedDict()
         self.refused = self.unknown = 0
+
+    def _alone(self) -> Link:
+        """What comes while we are away waits for us at the broker, under a name that stays."""
+        from agent.mqtt_link import Link, Subscription
+        from agent.mqtt_wire import FROM_DEVICE
+
+        base, away = self._config.mqtt.base, self._config.mqtt.away_seconds
+        wanted = [Subscription(f"{base}/+/{n}", int("audio" not in n)) for n in FROM_DEVICE]
+        name = base.replace("/", ".") if away else uuid.uuid4().hex[:12]
+        return Link(self._broker, f"spirit-agent-{name}", None, tuple, wanted, self._arrived, away)
+
+    def _pooled(self) -> Link:
+        """Any of several services may get a message; see :mod:`agent.mqtt_pool`."""
+        from agent.mqtt_link import Link, Outgoing
+        from agent.mqtt_pool import Pool
+
+        def send(message: Outgoing) -> None:
+            self._link.send(message)
+
+        def hello() -> list[Outgoing]:
+            if self._link.connections:
+                pool.reconnected()
+            return pool.hello()
+
+        me, later = uuid.uuid4().hex[:12], asyncio.get_running_loop().call_later
+        self._pool = pool = Pool(self._config.mqtt, me, send, self, later)
+        wanted = pool.subscriptions()
+        return Link(self._broker, f"spirit-agent-{me}", pool.will, hello, wanted, self._arrived)
 
     @property
     def pattern(self) -> str:
@@ -116,8 +143,9 @@ class Service:
 
     @property
     def address(self) -> str:
-        """The broker's."""
-        return f"{self._broker.host}:{self._broker.port}"
+        """The broker's, and where devices are shared, our own name."""
+        me = "" if self._pool is None else f" as {self._pool.me}"
+        return f"{self._broker.host}:{self._broker.port}{me}"
 
     @property
     def is_connected(self) -> bool:
@@ -133,24 +161,40 @@ class Service:
         Raises:
             UserError: the broker refuses us.
         """
+        link = asyncio.create_task(self._link.run())
         try:
-            await self._link.run()
+            await asyncio.shield(link)
         finally:
+            self._ending = True
+            if self._pool is None:
+                link.cancel()  # what comes from now on waits at the broker for the next service
             devices = list(self._devices.values())
             await asyncio.gather(*(device.leave("offline") for device in devices))
-            tasks = list(self._tasks.values())
+            if self._pool is not None:
+                self._link.send(self._pool.will)  # the others take our devices now
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self._link.sent(), 0.5)
+            tasks = [link, *self._tasks.values()]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
     def _arrived(self, full: str, payload: bytes) -> None:
-        from agent.mqtt_wire import BadMessage, parse, split
+        from agent.mqtt_wire import BadMessage, split
 
-        place = split(self._config.mqtt, full)
-        if place is None:
+        if self._pool is not None:
+            try:
+                self._pool.arrived(full, payload)
+            except BadMessage:
+                self.unknown += 1
+        elif (place := split(self._config.mqtt, full)) is not None:
+            self._given(*place, payload)
+        else:
             self.unknown += 1
-            return
-        name, what = place
+
+    def _given(self, name: str, what: str, payload: bytes) -> None:
+        from agent.mqtt_wire import BadMessage, parse
+
         device = self._devices.get(name)
         try:
             item = parse(self._config.mqtt, what, payload)
@@ -161,7 +205,7 @@ class Service:
             else:
                 self._tell(name, {"type": "error", "topic": what, "message": str(error)})
             return
-        if device is None and what != "played":
+        if device is None and what != "played" and self._pool is None:
             device = self._welcome(name)
         if device is not None:
             device.handle(item)
@@ -170,18 +214,52 @@ class Service:
         """A place for a device, if there is one."""
         from agent.mqtt_device import Device
 
-        if len(self._devices) >= self._config.mqtt.max_sessions:
-            most = self._config.mqtt.max_sessions
-            self._tell(name, {"type": "busy", "message": f"{most} devices are being served"})
+        if self.room() <= 0:
+            self.busy(name)
             return None
-        device = Device(name, self._broker, self._models, self._config)
+        pool, given = self._pool, None
+        if pool is not None:
+            given = functools.partial(self._given, name)
+        ready = (lambda: None) if pool is None else functools.partial(pool.settle, name)
+        device = Device(name, self._broker, self._models, self._config, given, ready)
         self._devices[name] = device
+        if pool is not None:
+            pool.room_changed()
         self._tasks[name] = task = asyncio.create_task(device.run(), name=name)
         task.add_done_callback(lambda done: self._gone(name, done))
         return device
 
+    # What the pool decides about.
+
+    def room(self) -> int:
+        """For how many devices more."""
+        return 0 if self._ending else self._config.mqtt.max_sessions - len(self._devices)
+
+    def start(self, device: str) -> None:
+        """Serve a device of the pool."""
+        if self._welcome(device) is None and self._pool is not None:
+            self._pool.release(device)
+
+    def stop(self, device: str) -> None:
+        """Another service of the pool has the device."""
+        if device in self._tasks:
+            self._tasks[device].cancel()
+
+    def take(self, device: str, name: str, payload: bytes) -> None:
+        """A message of a device that is ours came through the pool."""
+        found = self._devices.get(device)
+        if found is not None and found.wants(name, payload):
+            self._given(device, name, payload)
+
+    def busy(self, device: str) -> None:
+        """Tell a device that there is no room for it."""
+        most = self._config.mqtt.max_sessions
+        self._tell(device, {"type": "busy", "message": f"{most} devices are being served"})
+
     def _gone(self, name: str, task: asyncio.Task[None]) -> None:
         del self._devices[name], self._tasks[name]
+        if self._pool is not None and not self._ending:
+            self._pool.release(name)
         if not task.cancelled() and task.exception() is not None:
             log.error("%s: %s", name, task.exception())
 

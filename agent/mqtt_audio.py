@@ -180,12 +180,6 @@ class RemotePlayback:
         self._changed.set()
         return True
 
-    async def silent(self) -> None:
-        """Wait until the reply has been heard to its end, or was stopped."""
-        while not self.done:
-            left = max(1, self._queued - self.heard) / SAMPLE_RATE
-            await self._change(left if self._closed else None)
-
     async def run(self) -> None:
         """Send what there is when it is due, until cancelled."""
         while True:

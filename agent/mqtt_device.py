@@ -6,19 +6,24 @@ import asyncio
 import contextlib
 import logging
 import uuid
+from collections.abc import Callable
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Literal
 
 from agent.config import Config
 from agent.conversation import State
 from agent.embedding import SpeechAgent
 from agent.errors import UserError
-from agent.events import Event, Interrupted, ReplyAudio, ReplyText, Spoken, StateChanged, TurnEnded
+from agent.events import Event, ReplyAudio, Spoken, StateChanged, TurnEnded
 from agent.models import Models
 from agent.mqtt_audio import RemoteMicrophone, RemotePlayback
-from agent.mqtt_link import Broker, Link, Outgoing
+from agent.mqtt_link import Broker, Link, Outgoing, Subscription
+from agent.mqtt_pool import Copies
+from agent.mqtt_snapshot import Snapshot
 from agent.mqtt_wire import (
+    FROM_DEVICE,
     Ask,
+    BadMessage,
     Item,
     Packet,
     Played,
@@ -29,10 +34,13 @@ from agent.mqtt_wire import (
     describe,
     topic,
 )
+from agent.reply import Memory
 
 log = logging.getLogger(__name__)
 
 _WAITING = 4  # typed requests
+_RECALL = 3.0  # s for what the broker holds of the device
+_OVERLAP = 2.0  # s in which its messages may come twice after it was taken over
 _AGAIN = 1.0  # s before a conversation that failed begins anew
 _BUSY = (State.HEARING.value, State.ANSWERING.value)
 _STATES = {State.MAYBE_FINISHED.value: State.HEARING.value}
@@ -41,28 +49,113 @@ _STATES = {State.MAYBE_FINISHED.value: State.HEARING.value}
 class Device:
     """Serves one device until it has been silent for long, or is cancelled."""
 
-    def __init__(self, name: str, broker: Broker, models: Models, config: Config) -> None:
+    def __init__(
+        self,
+        name: str,
+        broker: Broker,
+        models: Models,
+        config: Config,
+        given: Callable[[str, bytes], None] | None = None,
+        ready: Callable[[], None] = lambda: None,
+    ) -> None:
+        """
+        Args:
+            given: told what the device publishes, name of the topic and payload, by its own
+                connection; ``None`` if that comes otherwise.
+            ready: called when nothing more of it will be missed.
+        """
         self.name = name
-        self._config = config
+        self._config, self._given, self._ready = config, given, ready
+        self._model = f"{models.layout.lm.name} {models.tokenizer.size}"
+        self._copies: Copies | None = Copies()
+        self._snapshot = b""
+        self._known = asyncio.Event()  # what the broker holds of the device has been read
         self._session_id = uuid.uuid4().hex[:12]
         self._state = "idle"
         will = self._state_message("offline")
-        self.link = Link(broker, f"spirit-{name}-{self._session_id}", will, self._hello)
+        self.link = Link(
+            broker,
+            f"spirit-{name}-{self._session_id}",
+            will,
+            self._hello,
+            self._subscriptions(),
+            self._arrived,
+        )
         self._microphone = RemoteMicrophone(config.mqtt.jitter_ms / 1000)
         self._playback = RemotePlayback(self._send, self._duck, config.mqtt.lead_ms / 1000)
         self._requests: asyncio.Queue[Ask | Say] = asyncio.Queue(_WAITING)
-        self._free = asyncio.Event()  # nobody speaks: neither the user nor the agent
-        self._typing = self._cut = False  # a typed reply is being spoken; it was broken off
-        self._typed_turn = 0
         self._left = False
-        self._off = {"mute": False, "gate": False}
+        self._off: dict[Literal["mute", "gate"], bool] = {"mute": False, "gate": False}
         self._agent = SpeechAgent(config, models)
-        self._anew = asyncio.Event()
+        self._anew, self._talking = asyncio.Event(), asyncio.Event()
         self._background: set[asyncio.Future[Any]] = set()
         self._clock = asyncio.get_running_loop().time
         self._complained = -1.0
         self._used = self._clock()
         self.bad = 0  # payloads refused
+
+    # What its connection brings.
+
+    def _subscriptions(self) -> list[Subscription]:
+        """The state comes last: what we have just said ourselves tells that all else is here."""
+        own = [] if self._given is None else FROM_DEVICE
+        return [
+            *(Subscription(self._topic(name), int("audio" not in name)) for name in own),
+            Subscription(self._topic("snapshot"), retained=True),
+            Subscription(self._topic("state"), retained=True),
+        ]
+
+    def _arrived(self, full: str, payload: bytes) -> None:
+        name = full.removeprefix(self._topic(""))
+        if name == "snapshot":
+            self._snapshot = payload
+        elif name == "state":
+            self._seen(payload)
+        elif self._given is not None and (
+            self._copies is None or self._copies.new(name, payload, direct=True)
+        ):
+            self._given(name, payload)
+
+    def _seen(self, state: bytes) -> None:
+        """The state that everybody sees came back to us."""
+        if not self._known.is_set():
+            self._known.set()
+            self._ready()
+            loop = asyncio.get_running_loop()
+            loop.call_later(_OVERLAP, setattr, self, "_copies", None)
+        elif b'"offline"' in state and not self._left:
+            # The last will of a service that served the device before us came late.
+            self.link.send(self._state_message(self._state))
+
+    def wants(self, name: str, payload: bytes) -> bool:
+        """Whether a message that came through the pool has not come directly."""
+        return self._copies is not None and self._copies.new(name, payload, direct=False)
+
+    async def _resume(self) -> None:
+        """Go on with the conversation that another service, or an earlier one, had."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._known.wait(), _RECALL)
+        if not self._snapshot:
+            return
+        try:
+            found = Snapshot.decode(self._snapshot, self._config.mqtt.snapshot_bytes)
+            if found.model != self._model:
+                raise BadMessage(f"it is of the model {found.model!r}, not of {self._model!r}")
+            self._agent.restore(Memory(found.turn, found.turns))
+        except (BadMessage, ValueError) as error:
+            self.refuse("snapshot", f"the conversation cannot be gone on with: {error}")
+            return
+        for name in found.off:
+            self.handle(Switch(do=name, on=True))
+        self.tell({"type": "resumed", "turn": found.turn, "turns": len(found.turns)})
+
+    def _keep(self) -> None:
+        """Let the broker keep what is remembered."""
+        memory = self._agent.memory
+        turns = [list(turn) for turn in memory.turns]
+        off = [name for name, on in self._off.items() if on]
+        found = Snapshot(model=self._model, turn=memory.turn, turns=turns, off=off)
+        self._publish("snapshot", found.encode(self._config.mqtt.snapshot_bytes), 1, True)
 
     # What the device says.
 
@@ -80,7 +173,7 @@ class Device:
         elif isinstance(item, Simple) and item.do == "reset":
             self._reset()
         elif isinstance(item, Simple):
-            self._interrupt()
+            self._later(self._agent.interrupt())
         else:
             self._ask(item)
 
@@ -103,16 +196,8 @@ class Device:
         except asyncio.QueueFull:
             self.refuse("text/in", f"{_WAITING} requests are waiting: wait for their replies")
 
-    def _interrupt(self) -> None:
-        if self._typing:
-            self._stop_typed("interrupted")
-        else:
-            self._later(self._agent.interrupt())
-
     def _reset(self) -> None:
-        if self._typing:
-            self._stop_typed("reset")
-        self._free.clear()
+        self._publish("snapshot", b"", 1, True)
         self._anew.set()
         while not self._requests.empty():
             self._requests.get_nowait()
@@ -124,8 +209,11 @@ class Device:
 
     # What it is told.
 
+    def _topic(self, name: str) -> str:
+        return topic(self._config.mqtt, self.name, name)
+
     def _publish(self, name: str, payload: bytes, qos: int = 0, retain: bool = False) -> None:
-        self.link.send(Outgoing(topic(self._config.mqtt, self.name, name), payload, qos, retain))
+        self.link.send(Outgoing(self._topic(name), payload, qos, retain))
 
     def _send(self, packet: Packet) -> None:
         self._publish("audio/out", packet.encode())
@@ -151,7 +239,8 @@ class Device:
         if message is not None:
             self.tell(message)
         if isinstance(event, StateChanged):
-            self._moved(event)
+            self._talking.set()
+            self._now(_STATES.get(event.state, event.state))
         elif isinstance(event, ReplyAudio):
             self._playback.feed(event.turn, event.samples)
         elif isinstance(event, Spoken):
@@ -159,6 +248,7 @@ class Device:
             self._publish("text/out", as_json(text), 1)
         elif isinstance(event, TurnEnded):
             self._metrics(event)
+            self._keep()
 
     def _metrics(self, event: TurnEnded) -> None:
         network = self._microphone.jitter.counters.as_dict()
@@ -168,17 +258,6 @@ class Device:
             "refused": self.bad,
         }
         self._publish("metrics", as_json({**event.trace.as_dict(), "network": network}), 1)
-
-    def _moved(self, event: StateChanged) -> None:
-        listening = event.state == State.LISTENING.value
-        if listening:
-            self._free.set()
-        else:
-            self._free.clear()
-            if self._typing and not self._cut:
-                self._stop_typed("speech")
-        if not (listening and self._typing):
-            self._now(_STATES.get(event.state, event.state))
 
     # Its life.
 
@@ -195,6 +274,7 @@ class Device:
             done, _ = await asyncio.wait({*tasks, idle}, return_when=asyncio.FIRST_COMPLETED)
             for ended in done:
                 ended.result()
+            self._publish("snapshot", b"", 1, True)
             await self.leave("idle")
         finally:
             for task in (*tasks, idle, *self._background):
@@ -217,6 +297,7 @@ class Device:
 
     async def _converse(self) -> None:
         """One conversation after another; a fault ends only the one it happens in."""
+        await self._resume()
         while True:
             self._anew.clear()
             talking = asyncio.create_task(self._talk())
@@ -236,55 +317,21 @@ class Device:
 
     async def _talk(self) -> None:
         events = self._agent.converse(self._microphone.chunks(), self._playback)
-        async with aclosing(events):
-            async for event in events:
-                self._tell(event)
+        try:
+            async with aclosing(events):
+                async for event in events:
+                    self._tell(event)
+        finally:
+            self._talking.clear()
 
     # Typed requests.
 
     async def _type(self) -> None:
+        """Give typed requests to the conversation, each when nobody speaks."""
         while True:
             item = await self._requests.get()
-            await self._free.wait()
-            self._typing, self._cut = True, False
+            await self._talking.wait()
             try:
-                await self._speak(item)
+                await self._agent.submit(item.text, say=isinstance(item, Say))
             except UserError as error:
                 self.refuse("text/in", str(error))
-            except Exception as error:
-                log.exception("%s: a typed request failed", self.name)
-                self.refuse("text/in", f"no reply could be made: {error}")
-            finally:
-                self._typing = False
-                if self._free.is_set():
-                    self._now(State.LISTENING.value)
-
-    async def _speak(self, item: Ask | Say) -> None:
-        self._now(State.ANSWERING.value)
-        self._playback.begin()
-        make = self._agent.say if isinstance(item, Say) else self._agent.ask
-        ended: TurnEnded | None = None
-        async with aclosing(make(item.text)) as events:
-            async for event in events:
-                if self._cut:
-                    return
-                self._typed(event)
-                ended = event if isinstance(event, TurnEnded) else None
-        self._playback.finish()
-        await self._playback.silent()
-        if ended is not None and not self._cut:
-            self._tell(ended)
-
-    def _typed(self, event: Event) -> None:
-        self._typed_turn = getattr(event, "turn", 0)
-        if isinstance(event, ReplyText):
-            self._publish("text/out", as_json({"turn": event.turn, "text": event.text}), 1)
-        elif isinstance(event, ReplyAudio):
-            self._playback.play(event.samples)
-            self._playback.feed(event.turn, event.samples)
-
-    def _stop_typed(self, reason: str) -> None:
-        self._cut = True
-        turn, heard = self._typed_turn, self._playback.stop()
-        self._tell(Interrupted(turn, heard, reason))
-        self.tell({"type": "turn-ended", "turn": turn, "how": reason})

@@ -15,6 +15,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import aiomqtt
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from agent.errors import UserError
@@ -26,6 +28,7 @@ _KEEPALIVE = 10  # s; a dead connection is noticed after one and a half of it
 _TIMEOUT = 5.0  # s for the broker to answer
 _FIRST_DELAY, _LONGEST_DELAY = 0.1, 5.0  # s between attempts to connect
 _OUTBOX = 512  # messages
+_TAKEN_OVER = 142
 _REFUSED = {
     4: "bad credentials",
     5: "not authorised",
@@ -40,7 +43,7 @@ class Broker:
 
     host: str
     port: int
-    tls: bool = False
+    tls: ssl.SSLContext | None = None
     user: str | None = None
     password: str | None = field(default=None, repr=False)
 
@@ -49,7 +52,8 @@ class Broker:
         """``mqtt://host[:port]`` or ``mqtts://host[:port]``.
 
         Raises:
-            UserError: it is something else, holds a password, or the credentials cannot be read.
+            UserError: it is something else, holds a password, or the credentials or certificates
+                cannot be read.
         """
         expected = "expected mqtt://host[:port], or mqtts:// for TLS"
         try:
@@ -65,7 +69,9 @@ class Broker:
         if parts.scheme not in ("mqtt", "mqtts") or not host or parts.path not in ("", "/"):
             raise UserError(f"--mqtt {url}: {expected}")
         user, password = _credentials(config)
-        tls = parts.scheme == "mqtts"
+        tls = _tls(config) if parts.scheme == "mqtts" else None
+        if tls is None and (config.ca or config.certificate):
+            raise UserError(f"--mqtt {url}: mqtt.ca and mqtt.certificate are for mqtts://")
         return cls(host, port or (8883 if tls else 1883), tls, user, password)
 
 
@@ -81,6 +87,49 @@ def _credentials(config: MqttConfig) -> tuple[str | None, str | None]:
     if not found or "\n" in line:
         raise UserError(f"{path} (mqtt.credentials): expected one line, user:password")
     return user, password
+
+
+def _tls(config: MqttConfig) -> ssl.SSLContext:
+    """Verifies the broker, its name included; shows our own certificate if there is one."""
+    try:
+        context = ssl.create_default_context(cafile=_file("ca", config.ca))
+    except ssl.SSLError as error:
+        raise UserError(f"{config.ca} (mqtt.ca): no certificates in PEM ({error.reason})") from None
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    certificate, key = _file("certificate", config.certificate), _file("key", config.key)
+    if certificate is None:
+        if key is not None:
+            raise UserError(f"{key} (mqtt.key): a key without mqtt.certificate")
+        return context
+    password = os.environ.get("SPIRIT_MQTT_KEY_PASSWORD", "")  # never asked for at a terminal
+    try:
+        context.load_cert_chain(certificate, key, password)
+    except ssl.SSLError as error:
+        raise UserError(
+            f"{certificate} (mqtt.certificate), {key or 'the same file'} (mqtt.key): not a "
+            f"certificate and its key in PEM, or SPIRIT_MQTT_KEY_PASSWORD is wrong ({error.reason})"
+        ) from None
+    return context
+
+
+def _file(name: str, value: str | None) -> Path | None:
+    if value is None:
+        return None
+    path = Path(value).expanduser()
+    try:
+        with path.open("rb"):
+            return path
+    except OSError as error:
+        raise UserError(f"{path} (mqtt.{name}): cannot be read ({error.strerror})") from None
+
+
+@dataclass(frozen=True)
+class Subscription:
+    """Topics that are wanted; ``retained``: also what the broker holds of them already."""
+
+    pattern: str
+    qos: int = 1
+    retained: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,6 +152,8 @@ class Link:
         will: published by the broker if this connection is lost.
         hello: what is published whenever a connection was made.
         arrived: called with the topic and the payload of each message; must not raise or wait.
+        away: seconds for which the broker keeps the subscriptions, and what comes with QoS 1, while
+            we are away; ``name`` must then be the same again. With 0 a connection begins anew.
 
     Attributes:
         connected: set while there is a connection.
@@ -116,10 +167,11 @@ class Link:
         name: str,
         will: Outgoing | None = None,
         hello: Callable[[], Sequence[Outgoing]] = tuple,
-        subscriptions: Sequence[tuple[str, int]] = (),
+        subscriptions: Sequence[Subscription] = (),
         arrived: Callable[[str, bytes], None] = lambda topic, payload: None,
+        away: int = 0,
     ) -> None:
-        self._broker, self._name, self._will = broker, name, will
+        self._broker, self._name, self._will, self._away = broker, name, will, away
         self._hello, self._subscriptions, self._arrived = hello, subscriptions, arrived
         self._outbox: deque[Outgoing] = deque()
         self._more, self._empty = asyncio.Event(), asyncio.Event()
@@ -164,10 +216,22 @@ class Link:
             await asyncio.sleep(delay * random.uniform(0.5, 1.0))
 
     def _look_at(self, error: aiomqtt.MqttError) -> None:
-        """Give up where the very first connection is refused for who we are."""
-        if self.connections or not isinstance(error, aiomqtt.MqttCodeError):
+        """Give up where the very first connection is refused for who we are, or who they are."""
+        code = _code(error)
+        if code == _TAKEN_OVER:
+            raise UserError(
+                "another service with the same topics has connected to the broker as "
+                f"{self._name}: give it another mqtt.base, or both of them mqtt.shared=true"
+            ) from None
+        if self.connections:
             return
-        code = error.rc if isinstance(error.rc, int | None) else error.rc.value
+        cause = error.__cause__ or error.__context__
+        if isinstance(cause, ssl.SSLError):
+            raise UserError(
+                f"the broker at {self._broker.host}:{self._broker.port} and we do not trust each "
+                f"other ({getattr(cause, 'verify_message', '') or cause.reason}): check mqtt.ca, "
+                "the name in --mqtt, mqtt.certificate and mqtt.key"
+            ) from None
         if code in _REFUSED:
             raise UserError(
                 f"the broker at {self._broker.host}:{self._broker.port} refuses us "
@@ -187,20 +251,27 @@ class Link:
             will=None if will is None else aiomqtt.Will(**vars(will)),
             timeout=_TIMEOUT,
             keepalive=_KEEPALIVE,
-            clean_start=True,
+            clean_start=not self._away,
+            properties=self._properties(),
             max_queued_incoming_messages=1024,
-            tls_context=ssl.create_default_context() if broker.tls else None,
+            tls_context=broker.tls,
             socket_options=[(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],
         ) as client:
-            for pattern, qos in self._subscriptions:
-                # What was retained before we came is not meant for us: a command is for now.
-                options = SubscribeOptions(qos=qos, retainHandling=2)
-                await client.subscribe(pattern, options=options)
             for message in self._hello():
                 await _publish(client, message)
+            for each in self._subscriptions:
+                # A command that was retained before we came is not meant for us: it is for now.
+                handling = 0 if each.retained else 2
+                options = SubscribeOptions(qos=each.qos, retainHandling=handling)
+                await client.subscribe(each.pattern, options=options)
             self.connections += 1
             self.connected.set()
             await self._both(client)
+
+    def _properties(self) -> Properties:
+        properties = Properties(PacketTypes.CONNECT)
+        properties.SessionExpiryInterval = self._away
+        return properties
 
     async def _both(self, client: aiomqtt.Client) -> None:
         """Send and receive until either fails."""
@@ -233,6 +304,13 @@ class Link:
             self._empty.set()
             self._more.clear()
             await self._more.wait()
+
+
+def _code(error: BaseException | None) -> int | None:
+    """The reason the broker gave."""
+    if not isinstance(error, aiomqtt.MqttCodeError):
+        return None if error is None else _code(error.__cause__)
+    return error.rc if isinstance(error.rc, int | None) else int(error.rc.value)
 
 
 async def _publish(client: aiomqtt.Client, message: Outgoing) -> None:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from agent.events import Event, Heard, Interrupted, TurnEnded, TurnStarted
+from agent.events import ActionChosen, Event, Heard, Interrupted, TurnEnded, TurnStarted
 from agent.schema import MqttConfig
 
 RATES = (8_000, 16_000, 24_000, 32_000, 44_100, 48_000)
@@ -164,7 +164,7 @@ def parse(config: MqttConfig, name: str, payload: bytes) -> Item:
             return Played.model_validate_json(payload)
         command = _COMMAND.validate_json(payload)
     except ValidationError as error:
-        raise BadMessage(_explain(error)) from None
+        raise BadMessage(explain(error)) from None
     if isinstance(command, Say):
         _text(command.text.encode("utf-8", "replace"), config.max_text)
     return command
@@ -182,7 +182,8 @@ def _text(payload: bytes, longest: int) -> str:
     return text
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError) -> str:
+    """What is wrong with a message, in a line."""
     first = error.errors(include_url=False, include_input=False)[0]
     where = ".".join(str(part) for part in first["loc"])
     return f"{where}: {first['msg']}"[:200] if where else str(first["msg"])[:200]
@@ -199,6 +200,8 @@ def describe(event: Event) -> dict[str, Any] | None:
         return {"type": "turn-started", "turn": event.turn, "sample": event.sample}
     if isinstance(event, Heard):
         return {"type": "heard", "turn": event.turn, "text": event.text}
+    if isinstance(event, ActionChosen):
+        return {"type": "action", "turn": event.turn, "action": event.action}
     if isinstance(event, Interrupted):
         return {
             "type": "interrupted",

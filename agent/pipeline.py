@@ -12,10 +12,10 @@ still on its way is dropped where it is met.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
-from agent.attempt import Attempt, News, Opened, Order, Over, Ready, Said, Sound, Wanted
+from agent.attempt import Attempt, News, Opened, Order, Over, Ready, Said, Sound, Wanted, Written
 from agent.channels import Channel, Policy, Turns
 from agent.config import Config
 from agent.events import (
@@ -47,6 +47,7 @@ class Pipeline:
         orders: what is to be done, in order. Closing it ends the pipeline, when all is done.
         ready: what became of it: the parts of replies, wanted or not.
         watched: also tell the request's units, as they come.
+        memory: the tokens of each past turn; what is there at first is remembered.
         events: told what concerns whole turns, beside what :attr:`ready` carries.
     """
 
@@ -67,6 +68,7 @@ class Pipeline:
         self._dialogue: Dialogue = models.dialogue()
         self._workers = {name: worker(name) for name in ("encoder", "lm", "vocoder")}
         self.watched = False
+        self.memory: Sequence[Sequence[int]] = ()
         self.stamps = stamps = Turns()
         sizes = config.channels
         self.orders: Channel[Order] = Channel("speech", sizes.speech)
@@ -81,6 +83,10 @@ class Pipeline:
     def tasks(self) -> dict[str, Coroutine[Any, Any, None]]:
         """The work of the stages, by name."""
         return {"encode": self._encode(), "think": self._think(), "speak": self._speak()}
+
+    def tokens(self, request: str) -> int:
+        """How many tokens a typed request takes."""
+        return self._dialogue.typed_tokens(request)
 
     def cancel(self, attempt: Attempt) -> None:
         """Let go of an attempt and all before it."""
@@ -105,7 +111,8 @@ class Pipeline:
             elif isinstance(order, Wanted):
                 if self.stamps.stale(order.attempt.stamp):
                     continue
-                await self._tell_units(order.attempt.trace, worker, encoder.settle)
+                if not order.typed:
+                    await self._tell_units(order.attempt.trace, worker, encoder.settle)
                 order.attempt.mark("encoder_done", self._clock())
             await self._requests.put(order)
         self._requests.close()
@@ -120,9 +127,13 @@ class Pipeline:
 
     async def _think(self) -> None:
         worker, dialogue = self._workers["lm"], self._dialogue
+        if self.memory:
+            await worker.run(dialogue.restore, self.memory)
         async for order in self._requests:
             if isinstance(order, Opened):
                 await worker.run(dialogue.begin)
+            elif isinstance(order, Written):
+                await worker.run(dialogue.say if order.say else dialogue.read, order.text)
             elif isinstance(order, News):
                 await self._prefill(order)
             elif isinstance(order, Wanted):
@@ -176,6 +187,7 @@ class Pipeline:
             await worker.run(dialogue.abandon)
         else:
             await worker.run(dialogue.end, over.units, over.characters)
+        self.memory = await worker.run(lambda: dialogue.memory)
         trace.channels = {channel.name: channel.counters.as_dict() for channel in self._channels}
         await self.events.put(TurnEnded(trace.turn, trace), NEVER_PAST)
 

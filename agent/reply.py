@@ -7,6 +7,9 @@ The stream begins as every prompt does; turns follow each other in one cache::
 That is ``text-then-speech``, for models trained on it: the words are planned, then spoken. A model
 that only continues gets ``speech`` (units right after the request's) or ``any`` (it chooses).
 
+A request that is typed stands where its transcript would: ``[Text]{request}{separator}{reply}...``;
+words that are only to be said where the reply would: ``[Text]{words}[Speech]...``.
+
 A planned reply may begin with an action, one JSON object: ``{"action":"stop"} I stand still.`` It
 is held to a schema while it is decoded, comes before the first word, and is not spoken.
 """
@@ -14,11 +17,13 @@ is held to a schema while it is decoded, comes before the first word, and is not
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from agent.config import ReplyConfig
+from agent.errors import UserError
 from stages.constrained import JsonGrammar, JsonText
 from stages.lm import LanguageModel, Sampling
 from stages.prompt import Modality
@@ -57,6 +62,28 @@ class SaidUnit:
     unit: Unit
 
 
+@dataclass(frozen=True)
+class Memory:
+    """What is remembered of a conversation between two turns.
+
+    Attributes:
+        turn: number of the latest turn.
+        turns: the token ids of each turn, text and units alike; the oldest first.
+    """
+
+    turn: int = 0
+    turns: Sequence[Sequence[int]] = ()
+
+    def check(self, tokenizer: Tokenizer) -> None:
+        """Raises :class:`ValueError` if a token cannot stand in a conversation."""
+        for turn in self.turns:
+            for at, i in enumerate(turn):
+                last = at == len(turn) - 1
+                known = 0 <= i < tokenizer.size
+                if not known or (tokenizer.is_special(i) and not (i == tokenizer.eos and last)):
+                    raise ValueError(f"token {i} cannot stand in a conversation")
+
+
 Piece = HeardText | Action | SaidText | SaidUnit
 Steps = Generator[Piece | None, None, None]
 """A reply being decoded: about one token a step, None where a step says nothing."""
@@ -71,6 +98,8 @@ class _Turn:
     request_end: int
     words_begin: int | None = None  # the reply's text begins, its transcript included
     words: list[int] = field(default_factory=list)  # characters said up to each token of it
+    typed: bool = False  # the request is text, with all that stands before the reply
+    given: str = ""  # the words of the reply, where they are not for the model to choose
     said: list[int] = field(default_factory=list)  # each unit of the reply
 
 
@@ -131,17 +160,49 @@ class Dialogue:
 
     def begin(self) -> None:
         """Open a turn in which the user speaks; one that was never ended is forgotten."""
+        self._open(self._opening)
+
+    def read(self, request: str) -> None:
+        """Open a turn whose request is typed: the model takes it for the transcript.
+
+        Raises:
+            CacheFullError: there is no room for it. See :meth:`typed_tokens`.
+        """
+        self._open(self._typed(request)).typed = True
+
+    def say(self, words: str) -> None:
+        """Open a turn without a request, in which ``words`` are said.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if not words:
+            raise ValueError("nothing to say")
+        self._open([]).given = words
+
+    def typed_tokens(self, request: str) -> int:
+        """How many tokens a typed request has."""
+        return len(self._typed(request))
+
+    def _typed(self, request: str) -> list[int]:
+        config = self._config
+        planned = config.mode == "text-then-speech"
+        end = config.separator.rstrip() if planned else config.agent_tag
+        last = [self._tokenizer.speech_tag] if config.mode == "speech" else []
+        return [*self._tagged(config.user_tag + request + end, 0)[:-1], *last]
+
+    def _open(self, opening: Sequence[int]) -> _Turn:
         self.abandon()
         self._clear_counts()
         if not self._lm.length:
             self._lm.append(self._prefix)
         start = self._lm.length
         self._starts.append(start)
-        opening = self._opening
-        if opening[0] == self._tokenizer.text_tag and self._in_text():
+        if opening and opening[0] == self._tokenizer.text_tag and self._in_text():
             opening = opening[1:]  # a tag stands where the modality changes
         self._lm.append(opening)
         self._turn = _Turn(start, self._lm.length, self._lm.length)
+        return self._turn
 
     def hear(self, keep: int, frames: Sequence[UnitFrame]) -> None:
         """Of the request's units told so far keep the first ``keep``, then append ``frames``.
@@ -169,11 +230,16 @@ class Dialogue:
     def reply(self) -> Steps:
         """Decode a reply to what has been heard so far; an earlier one is forgotten."""
         self._forget_reply()
-        if self._config.mode == "text-then-speech":
+        turn = self._opened()
+        if turn.given:
+            yield from self._recite(turn.given)
+            yield from self._speak(Modality.SPEECH)
+        elif self._config.mode == "text-then-speech":
             yield from self._plan()
             yield from self._speak(Modality.SPEECH)
         else:
-            self._invite()
+            if not turn.typed:
+                self._invite()
             yield from self._speak(Modality.parse(self._config.mode))
 
     def end(self, units: int | None = None, characters: int = 0) -> None:
@@ -200,6 +266,36 @@ class Dialogue:
         if self._turn is not None:
             self._lm.rewind(self._starts.pop())
         self._turn = None
+
+    @property
+    def memory(self) -> list[list[int]]:
+        """The tokens of each turn that is remembered; without the open one."""
+        ids = self._lm.ids
+        end = self._turn.start if self._turn is not None else len(ids)
+        starts = [start for start in self._starts if start < end]
+        return [list(ids[a:b]) for a, b in itertools.pairwise([*starts, end])]
+
+    def restore(self, turns: Sequence[Sequence[int]]) -> None:
+        """Begin with what :attr:`memory` was; of more than there is room for, with the latest."""
+        lm, prefix = self._lm, self._prefix
+        lm.rewind(0)
+        lm.append(prefix)
+        room = self._limit - len(prefix)
+        kept: list[Sequence[int]] = []
+        for turn in reversed(turns):
+            room -= len(turn)
+            if room < 0:
+                break
+            kept.insert(0, turn)
+        self._starts = [
+            len(prefix) + n for n in itertools.accumulate(map(len, kept[:-1]), initial=0)
+        ][: len(kept)]
+        lm.append([i for turn in kept for i in turn])
+
+    @property
+    def _limit(self) -> int:
+        """Tokens of the context between two turns."""
+        return min(self._config.context_tokens, self._lm.capacity - self._config.reserve_tokens)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -232,13 +328,26 @@ class Dialogue:
             tagged = self._tagged(self._config.agent_tag, self._tokenizer.speech_tag)
             self._lm.append(tagged if speech else tagged[:-1])
 
+    def _recite(self, words: str) -> Steps:
+        """Words that were given, as if they had been planned."""
+        lm, tokenizer, turn = self._lm, self._tokenizer, self._opened()
+        tag, *ids = self._tagged(words, tokenizer.speech_tag)
+        lm.append([] if self._in_text() else [tag])
+        turn.words_begin = lm.length
+        lm.append(ids)
+        decoder = IncrementalDecoder(tokenizer)
+        lengths = (sum(len(t) for t in decoder.push(i) if isinstance(t, str)) for i in ids[:-1])
+        turn.words = list(itertools.accumulate(lengths))
+        yield SaidText(words)
+
     def _plan(self) -> Steps:
         """Text up to the tag that begins speech."""
         lm, tokenizer, turn = self._lm, self._tokenizer, self._opened()
-        lm.append(self._tagged(self._config.agent_tag, 0)[:-1] or [tokenizer.text_tag])
+        if not turn.typed:
+            lm.append(self._tagged(self._config.agent_tag, 0)[:-1] or [tokenizer.text_tag])
         turn.words_begin = lm.length
         decoder = IncrementalDecoder(tokenizer)
-        splitter = _Splitter(self._config.separator)
+        splitter = _Splitter("" if turn.typed else self._config.separator)
         characters, acted = 0, False
         limit = min(lm.length + self._config.max_text_tokens, lm.capacity - 2)
         while lm.length < limit:
@@ -258,7 +367,7 @@ class Dialogue:
             self._counts["text_tokens"] += 1
             for piece in pieces:
                 if isinstance(piece, SaidText):
-                    if acted and not characters:  # a blank stands between the action and the words
+                    if (acted or turn.typed) and not characters:  # a blank before the words
                         piece = SaidText(piece.text.lstrip())
                     characters += len(piece.text)
                 yield piece
@@ -345,7 +454,7 @@ class Dialogue:
 
     def _slide(self) -> None:
         """Keep the latest turns that fit when the context has grown over its limit."""
-        limit = min(self._config.context_tokens, self._lm.capacity - self._config.reserve_tokens)
+        limit = self._limit
         if self._lm.length <= limit:
             return
         ids = self._lm.ids
@@ -431,3 +540,18 @@ def loops(units: Sequence[Unit]) -> bool:
         return False
     tail = units[-_LOOPED_UNITS:]
     return any(tail[period:] == tail[:-period] for period in range(1, _LONGEST_PERIOD + 1))
+
+
+def plain(text: str) -> str:
+    """``text`` on one line, without what could be read as a tag, a unit or a separator.
+
+    Raises:
+        UserError: nothing is left of it.
+    """
+    words = " ".join(text.translate(_BRACKETS).split())
+    if not words:
+        raise UserError("the text is empty: give it some words")
+    return words
+
+
+_BRACKETS = str.maketrans("[]|", "() ")

@@ -337,6 +337,37 @@ class MqttConfig(Section):
         description="file with one line, user:password; null takes SPIRIT_MQTT_USER and "
         "SPIRIT_MQTT_PASSWORD from the environment",
     )
+    ca: str | None = Field(
+        default=None,
+        description="file with the certificate authority that vouches for the broker (PEM), for "
+        "mqtts://; null trusts those of the system",
+    )
+    certificate: str | None = Field(
+        default=None, description="file with our own certificate (PEM), for brokers that ask for it"
+    )
+    key: str | None = Field(
+        default=None,
+        description="file with its private key (PEM); null looks into the certificate's file. "
+        "SPIRIT_MQTT_KEY_PASSWORD opens one that is locked",
+    )
+    shared: bool = Field(
+        default=False,
+        description="share the devices with other services of the same base: all of them need this",
+    )
+    away_seconds: int = Field(
+        default=60,
+        ge=0,
+        le=86_400,
+        description="commands and requests are kept by the broker while the service is away for so "
+        "long, s; not with mqtt.shared",
+    )
+    snapshot_bytes: int = Field(
+        default=16_384,
+        ge=512,
+        le=262_144,
+        description="of a conversation kept by the broker, so that another service or a later one "
+        "can go on with it, bytes; the oldest turns are left out",
+    )
     max_sessions: int = Field(
         default=4, ge=1, le=1000, description="devices served at once; others are told busy"
     )

@@ -18,12 +18,13 @@ from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, I
 
 import numpy as np
 
-from agent.attempt import Attempt, Opened, Order, Over, Sound, Wanted
+from agent.attempt import Attempt, Opened, Order, Over, Sound, Wanted, Written
 from agent.config import Config
 from agent.conversation import (
     Action,
     Answer,
     Begin,
+    BeginTyped,
     Close,
     Discard,
     DropOverlap,
@@ -35,8 +36,10 @@ from agent.conversation import (
     TurnTaking,
 )
 from agent.ears import Ears
+from agent.errors import UserError
 from agent.events import (
     Event,
+    Heard,
     Interrupted,
     Level,
     ReplyAudio,
@@ -47,6 +50,7 @@ from agent.events import (
 from agent.models import Models
 from agent.pipeline import NEVER_PAST, Pipeline
 from agent.playback import Immediate, Playback
+from agent.reply import Memory, plain
 from agent.telemetry import TurnTrace
 from agent.workers import Worker
 from stages import SAMPLE_RATE
@@ -69,6 +73,7 @@ class Session:
         config: Config,
         clock: Callable[[], float] = time.perf_counter,
         worker: Callable[[str], Worker] = Worker,
+        memory: Memory | None = None,
     ) -> None:
         self._config = config
         self._clock = clock
@@ -76,12 +81,18 @@ class Session:
         self._taking = TurnTaking(config.turns, shortest, self._moved)
         self._ears = Ears(models, config, clock, worker)
         self._pipeline = Pipeline(models, config, clock, worker, self._taking.working)
+        if memory is not None:
+            self._taking.turn, self._pipeline.memory = memory.turn, memory.turns
         self._traces: dict[int, TurnTrace] = {}
         self._attempt: Attempt | None = None
         self._outbox: deque[Order | Event] = deque()
         self._posting = asyncio.Lock()
         self._quiet, self._engaged = asyncio.Event(), asyncio.Event()
         self._quiet.set()
+        self._typed: tuple[str, bool] | None = None  # what a typed turn is about to begin with
+        self._writing = asyncio.Lock()
+        self._listening = asyncio.Event()  # nobody is speaking, no turn is open
+        self._over = False
         self._kept: list[SpeechAudio] = []  # speech over a reply, until it is known what it means
         self._told = 0  # characters of the reply told as spoken
         self._playback: Playback = Immediate()
@@ -99,12 +110,51 @@ class Session:
         """What the conversation is doing."""
         return self._taking.state
 
+    @property
+    def memory(self) -> Memory:
+        """What is remembered; exact whenever a :class:`TurnEnded` is told."""
+        return Memory(self._taking.turn, self._pipeline.memory)
+
     async def interrupt(self, reason: str = "interrupted") -> None:
         """Let go of the turn in progress: its reply stops, and nothing more of it is heard.
 
         It still gets its :class:`TurnEnded`.
         """
         await self._do(self._taking.interrupt(reason, self._clock()))
+
+    async def ask(self, text: str) -> int:
+        """Give a request as text; it is answered when nobody speaks. The turn's number.
+
+        Its events come with all others from :meth:`converse`, which must be going on.
+
+        Raises:
+            UserError: the text is empty, or too long to be answered.
+        """
+        return await self._write(text, say=False)
+
+    async def say(self, text: str) -> int:
+        """Have ``text`` spoken as it is; as :meth:`ask`."""
+        return await self._write(text, say=True)
+
+    async def _write(self, text: str, say: bool) -> int:
+        words = plain(text)
+        most = self._config.reply.reserve_tokens // 2
+        if (tokens := self._pipeline.tokens(words)) > most:
+            raise UserError(
+                f"the text has {tokens} tokens, of at most {most} (half of "
+                "reply.reserve_tokens): shorten it"
+            )
+        async with self._writing:
+            while True:
+                await self._listening.wait()
+                if self._over:
+                    raise UserError("the conversation is over: begin another one")
+                self._typed = (words, say)
+                if actions := self._taking.typed(self._clock()):
+                    turn = self._taking.turn
+                    await self._do(actions)
+                    return turn
+                await asyncio.sleep(_PULSE)
 
     async def device_lost(self, direction: str) -> None:
         """The microphone (``"input"``) or the loudspeaker (``"output"``) went away."""
@@ -133,6 +183,7 @@ class Session:
             whatever a stage or the source raised; everything is stopped by then.
         """
         self._live = self._pipeline.watched = playback is not None
+        self._listening.set()
         self._playback = playback or Immediate()
         work = {
             "listen": self._listen(source),
@@ -150,7 +201,12 @@ class Session:
             for task in (*tasks, pulse, watcher):
                 task.cancel()
             await asyncio.gather(*tasks, pulse, watcher, return_exceptions=True)
+            self._end_typing()
             self._playback.stop()
+
+    def _end_typing(self) -> None:
+        self._over = True
+        self._listening.set()
 
     # Listening.
 
@@ -169,6 +225,7 @@ class Session:
         for event in self._ears.flush():
             await self._follow(event, position)
         await self._quiet.wait()
+        self._end_typing()
         await self.interrupt("the source ended")
         async with self._posting:  # the last word may still be on its way
             self._pipeline.orders.close()
@@ -237,6 +294,8 @@ class Session:
     def _act(self, action: Action) -> None:
         if isinstance(action, Begin):
             self._begin(action)
+        elif isinstance(action, BeginTyped):
+            self._begin_typed(action)
         elif isinstance(action, Prepare):
             self._prepare(self._traces[action.turn])
         elif isinstance(action, Answer):
@@ -259,19 +318,32 @@ class Session:
             self._pass_on(audio.samples)
         self._kept.clear()
 
+    def _begin_typed(self, action: BeginTyped) -> None:
+        assert self._typed is not None
+        text, say = self._typed
+        here = self._ears.position
+        trace = TurnTrace(action.turn, speech=(here, here), typed=True)
+        self._traces[action.turn] = trace
+        self._outbox += (TurnStarted(action.turn, here), Written(trace, text, say))
+        if not say:
+            trace.heard = text
+            self._outbox.append(Heard(action.turn, text))
+
     def _prepare(self, trace: TurnTrace) -> None:
         self._attempt = Attempt(self._pipeline.stamps.begin(), trace)
         trace.count("speculations", int(self.state is State.MAYBE_FINISHED))
-        self._outbox.append(Wanted(self._attempt))
+        self._outbox.append(Wanted(self._attempt, trace.typed))
 
     def _answer(self, trace: TurnTrace) -> None:
         assert self._attempt is not None
         hit = trace.counts["speculations"] > trace.counts.get("refuted", 0)
         trace.count("speculation_hits", int(hit))
-        end = self._ears.speech[1]
-        trace.speech = (trace.speech[0], end)
-        trace.marks["end_of_speech"] = self._ears.when(end)
+        if not trace.typed:
+            end = self._ears.speech[1]
+            trace.speech = (trace.speech[0], end)
+            trace.marks["end_of_speech"] = self._ears.when(end)
         trace.marks["endpoint"] = self._clock()
+        trace.marks.setdefault("end_of_speech", trace.marks["endpoint"])
         self._told = 0
         self._playback.begin()
         self._attempt.decided.set()
@@ -316,6 +388,7 @@ class Session:
     def _moved(self, state: State, reason: str, sample: int) -> None:
         (self._quiet.clear if state is State.ANSWERING else self._quiet.set)()
         (self._engaged.clear if state is State.LISTENING else self._engaged.set)()
+        (self._listening.set if state is State.LISTENING else self._listening.clear)()
         if self._live:
             self._outbox.append(StateChanged(state.value, reason, sample))
 

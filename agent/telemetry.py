@@ -62,6 +62,7 @@ class TurnTrace:
         turn: its number.
         speech: first and last sample of the user's speech, session clock.
         marks: seconds of the monotonic clock, by the names in :data:`MARKS`.
+        typed: the request was text: what came before the endpoint took no time.
         heard, said: transcript of the request, text of the reply.
         action: what the reply does besides speaking.
         reply_samples: length of the reply at 16 kHz.
@@ -75,6 +76,7 @@ class TurnTrace:
     turn: int
     speech: tuple[int, int] = (0, 0)
     marks: dict[str, float] = field(default_factory=dict)
+    typed: bool = False
     heard: str = ""
     said: str = ""
     action: dict[str, Any] | None = None

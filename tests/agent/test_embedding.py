@@ -79,11 +79,11 @@ def test_a_typed_request_is_answered_in_words_and_sound(models: Models) -> None:
     assert "five" in words(first)
     assert len(sound(first)) > 16_000
     ended = [event for event in first if isinstance(event, TurnEnded)]
-    assert [event.turn for event in ended] == [-1]
+    assert [event.turn for event in ended] == [1]
     assert ended[0].trace.said == words(first)
     assert ended[0].trace.reply_samples == len(sound(first))
     assert words(second) == words(first)
-    assert second[-1].turn == -2
+    assert second[-1].turn == 2
 
 
 def test_words_are_spoken_as_they_are(models: Models) -> None:

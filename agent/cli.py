@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from agent import devices, mqtt, research, talk
+from agent import devices, mqtt, mqtt_client, research, talk
 from agent.commands import ConfigName, Debug, Overrides, Plain, mendable, stderr, writable
 from agent.config import Config, describe, keys, load_config
 from agent.errors import UserError
@@ -47,6 +47,7 @@ app = typer.Typer(
 app.command()(talk.talk)
 app.command()(devices.devices)
 app.command()(mqtt.serve)
+app.command()(mqtt_client.mqtt_client)
 app.command()(research.encode)
 app.command()(research.decode)
 app.command()(research.generate)

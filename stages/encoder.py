@@ -21,11 +21,12 @@ from stages.phonetic import PhoneticEncoder, fill_blanks
 from stages.pitch import PitchEncoder
 from stages.provisional import Listener
 from stages.resample import resample, to_mono
-from stages.runtime import Graph
+from stages.runtime import Graph, OnnxGraph
 from stages.style import StyleEncoder
 from stages.units import HOPS, HUBERT, PITCH, STYLE, Interleaver, UnitFrame, Units
 
 PIECE = 100 * SAMPLE_RATE  # longer input is cut here, and each piece encoded by itself
+ENCODER_GRAPHS = ("phonetic", "f0", "pitch", "style")
 SHORTEST = 1280  # samples; a piece with fewer has no units
 
 
@@ -137,6 +138,35 @@ class SpeechTokenizer:
         total = self.phonetic.frames(len(wave))
         rest = self.phonetic.window_codes(wave, len(codes), total, total=total)
         return fill_blanks(np.concatenate([codes, rest]), self.phonetic.blank)
+
+
+def half_where_same(
+    layout: Layout, graphs: Mapping[str, OnnxGraph], waves: Sequence[np.ndarray]
+) -> dict[str, OnnxGraph]:
+    """The encoder graphs, each in half precision if that leaves the units of ``waves`` as they are.
+
+    Args:
+        graphs: by name, as :meth:`SpeechTokenizer.load` takes them; vocoder graphs are left out.
+        waves: speech, float32 mono at 16 kHz; the more of it, the more the answer is worth.
+
+    Raises:
+        CheckpointError: as :meth:`SpeechTokenizer.load`.
+        ValueError: no units in ``waves``: they would stay the same in any precision.
+    """
+    chosen = {name: graph for name, graph in graphs.items() if name in ENCODER_GRAPHS}
+
+    def units() -> list[Units]:
+        tokenizer = SpeechTokenizer.load(layout, graphs=chosen)
+        return [tokenizer.encode(wave, allow_unvoiced=True) for wave in waves]
+
+    exact = units()
+    if not any(u.hubert for u in exact):
+        raise ValueError(f"{len(waves)} recordings without a unit: nothing to compare")
+    for name, graph in list(chosen.items()):
+        chosen[name] = graph.half()
+        if units() != exact:
+            chosen[name] = graph
+    return chosen
 
 
 @dataclass(frozen=True)

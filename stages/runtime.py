@@ -7,6 +7,7 @@ runs a graph is decided here, once.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -77,7 +78,7 @@ class OnnxGraph:
         Raises:
             CheckpointError: the file is missing or no valid graph.
         """
-        self.path = Path(path)
+        self.path, self.device, self.threads = Path(path), device, threads
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads
@@ -100,6 +101,19 @@ class OnnxGraph:
         self.inputs: list[str] = [node.name for node in self._session.get_inputs()]
         self.outputs: list[str] = [node.name for node in self._session.get_outputs()]
 
+    def half(self) -> OnnxGraph:
+        """The same graph with its matrix products in 16 bits, kept beside it; what goes in and
+        comes out stays as it is.
+
+        Convolutions stay in 32 bits: a front end that sees the wave agrees with nothing in 16.
+        """
+        path = self.path.with_suffix(".half.onnx")
+        if not path.is_file():
+            draft = path.with_suffix(f".{os.getpid()}.tmp")
+            halve(self.path, draft)
+            draft.replace(path)
+        return OnnxGraph(path, self.device, self.threads)
+
     def __call__(self, *arrays: np.ndarray) -> Sequence[np.ndarray]:
         """Run the graph. ``arrays``: one per input, in order. Returns one array per output."""
         if not self._bind:
@@ -114,6 +128,36 @@ class OnnxGraph:
             if len(bound) > _BOUND_SHAPES:
                 bound.popitem(last=False)
         return bound[key].run(self._session, arrays)
+
+
+def halve(path: Path, out: Path) -> None:
+    """Write the graph at ``path`` to ``out`` with its products with weight matrices in 16 bits."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    model = onnx.load(str(path))
+    graph = model.graph
+    weights = {w.name: w for w in graph.initializer if len(w.dims) == 2}
+    nodes: list[Any] = []
+    for number, node in enumerate(graph.node):
+        if node.op_type != "MatMul" or node.input[1] not in weights:
+            nodes.append(node)
+            continue
+        given, weight, result = node.input[0], node.input[1], node.output[0]
+        half = numpy_helper.to_array(weights[weight]).astype(np.float16)
+        names = [f"{name}.{number}.half" for name in (given, weight, result)]
+        graph.initializer.append(numpy_helper.from_array(half, names[1]))
+        nodes += [
+            helper.make_node("Cast", [given], [names[0]], to=TensorProto.FLOAT16),
+            helper.make_node("MatMul", names[:2], [names[2]], name=node.name),
+            helper.make_node("Cast", [names[2]], [result], to=TensorProto.FLOAT),
+        ]
+    read = {name for node in nodes for name in node.input}
+    kept = [w for w in graph.initializer if w.name in read]
+    del graph.node[:], graph.initializer[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend(kept)
+    onnx.save(model, str(out))
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 from collections.abc import Callable
@@ -11,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 from stages import encoder as module
 from stages.checkpoint import find_layout
-from stages.encoder import Revision, SpeechTokenizer, UnitEncoder
+from stages.encoder import Revision, SpeechTokenizer, UnitEncoder, half_where_same
 from stages.units import HUBERT, UnitFrame, interleave
 
 NANO = Path(__file__).resolve().parents[2] / "checkpoints" / "nano"
@@ -232,3 +234,32 @@ def test_only_mono_waves() -> None:
     encoder = UnitEncoder.__new__(UnitEncoder)
     with pytest.raises(ValueError, match="mono wave"):
         encoder.push(np.zeros((10, 2), np.float32))
+
+
+class Rounded:
+    """The style network as a graph, and another in its place when half precision is asked for."""
+
+    def __init__(self, network: torch.nn.Module, other: torch.nn.Module) -> None:
+        self.network, self.other = network, other
+
+    def __call__(self, wave: np.ndarray) -> list[np.ndarray]:
+        with torch.inference_mode():
+            return [self.network(torch.from_numpy(wave)).numpy()]
+
+    def half(self) -> Rounded:
+        return Rounded(self.other, self.other)
+
+
+def test_half_precision_only_where_no_unit_moves(kit: Path, load: Load, speech: np.ndarray) -> None:
+    layout = find_layout(kit / "checkpoints", version="expressive")
+    style = load("kit-expressive").style
+    assert style is not None
+    moved = copy.deepcopy(style.network)
+    with torch.no_grad():
+        moved.classifier.bias[(style.units(speech)[0] + 1) % style.classes] += 1e6
+    for other, taken in ((style.network, True), (moved, False)):
+        graph: Any = Rounded(style.network, other)
+        (chosen,) = half_where_same(layout, {"style": graph, "vocoder": graph}, [speech]).values()
+        assert (chosen is not graph) == taken
+    with pytest.raises(ValueError, match="without a unit"):
+        half_where_same(layout, {"style": graph}, [speech[:100]])

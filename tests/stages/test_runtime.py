@@ -134,3 +134,21 @@ def test_a_file_that_is_no_graph_is_refused_by_name(tmp_path: Path) -> None:
     path.write_bytes(b"not a graph")
     with pytest.raises(CheckpointError, match=r"broken\.onnx: not a usable ONNX graph"):
         OnnxGraph(path, "cpu")
+
+
+def test_half_precision_is_near_and_kept_beside_the_graph(path: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 8)).eval()
+    given = torch.randn(1, 20, 64)
+    file = tmp_path / "linear.onnx"
+    torch.onnx.export(
+        network, (given,), file, dynamo=True, verbose=False, external_data=False, optimize=False
+    )
+    full = OnnxGraph(file, "cpu", 1)
+    half = full.half()
+    assert half.path.parent == tmp_path and half.path != file
+    (expected,), (found,) = full(given.numpy()), half(given.numpy())
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, atol=5e-3)
+    before = half.path.stat().st_mtime_ns
+    assert full.half().path.stat().st_mtime_ns == before

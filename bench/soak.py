@@ -45,7 +45,7 @@ from tests.faults import Proxy
 from tests.mosquitto import Mosquitto
 
 PACKET = 640  # samples: 40 ms
-SKEWS = (1.0, 1.01, 0.99, 1.002, 0.998, 1.0, 1.005, 0.995)
+SKEWS = (1.0, 1.01, 0.99, 1.002)
 """How fast each device's clock runs."""
 KILL_EVERY, FREEZE_EVERY, CROWD_EVERY = 20.0, 150.0, 300.0
 CROWD = 200
@@ -164,11 +164,13 @@ class Device:
                 await self._speak(client)
             quiet = asyncio.create_task(self._say(client, 10.0, 0.0))
             over = asyncio.create_task(self._over.wait())
-            await asyncio.wait({quiet, over}, return_when=asyncio.FIRST_COMPLETED)
-            failed = quiet.done() and quiet.exception()
-            quiet.cancel()
-            over.cancel()
-            if failed:
+            try:
+                await asyncio.wait({quiet, over}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                quiet.cancel()
+                over.cancel()
+                failed, _ = await asyncio.gather(quiet, over, return_exceptions=True)
+            if isinstance(failed, Exception):
                 raise failed
 
     async def _speak(self, client: aiomqtt.Client) -> None:
@@ -197,6 +199,7 @@ class Soak:
 
     def __init__(self, folder: Path, minutes: float) -> None:
         self._seconds = 60 * minutes
+        self._log = folder / "service.log"
         self._broker = Mosquitto(folder, PERSISTENT.format(folder=folder))
         self.counts: Counter[str] = Counter()
         self.memory: list[tuple[float, float]] = []  # s since the start, MB
@@ -213,9 +216,10 @@ class Soak:
             command += ["--mqtt", f"mqtt://127.0.0.1:{trunk.port}"]
             for setting in ("mqtt.max_sessions=16", "mqtt.idle_seconds=15"):
                 command += ["--set", setting]
-            self._service = subprocess.Popen(
-                command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
-            )
+            with self._log.open("w") as log:
+                self._service = subprocess.Popen(
+                    command, stdout=subprocess.PIPE, stderr=log, text=True, env=ENVIRONMENT
+                )
             try:
                 assert self._service.stdout is not None
                 await asyncio.to_thread(self._service.stdout.readline)
@@ -225,6 +229,10 @@ class Soak:
                 self._service.kill()
                 self._service.wait()
                 self._broker.kill()
+                said = self._log.read_text(errors="replace")
+                self.counts["messages the service had no time for"] = said.count("queue is full")
+                if self.failures:
+                    sys.stderr.write(said[-4000:])
                 self.counts |= Counter({f"packets {k}": v for k, v in bad.counts.items()})
 
     async def _meanwhile(self, bad: Proxy, trunk: Proxy) -> None:
@@ -299,7 +307,7 @@ class Soak:
                             junk = chance.randbytes(chance.randrange(200))
                             await client.publish(f"spirit/bad/{topic}", junk)
                             self.counts["senseless payloads"] += 1
-                        await asyncio.sleep(0.05)
+                        await asyncio.sleep(0.2)
             await asyncio.sleep(0.5)
 
     async def _deaf(self) -> None:

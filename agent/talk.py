@@ -19,6 +19,7 @@ from rich.console import Console
 
 from agent.commands import ConfigName, Debug, Overrides, Plain, mendable, stderr
 from agent.config import Config, load_config
+from agent.errors import UserError
 
 if TYPE_CHECKING:
     from agent.events import DeviceChanged
@@ -46,9 +47,14 @@ def talk(
         Path | None,
         typer.Option(metavar="DIR", help="Keep the recording, the transcript and the times here."),
     ] = None,
+    stdio: Annotated[
+        bool,
+        typer.Option("--stdio", help="Raw sound through pipes instead of devices: 16-bit mono at "
+                                     "16 kHz on standard input and output, at the clock's pace."),
+    ] = False,
     plain: Plain = False,
     debug: Debug = False,
-) -> None:
+) -> None:  # fmt: skip
     """Talk with it. Speak, listen, interrupt; Ctrl-C ends the conversation.
 
     Headphones are best: then nothing of its voice reaches the microphone. With a loudspeaker,
@@ -59,11 +65,29 @@ def talk(
     more = [f"sound.input={microphone}"] if microphone is not None else []
     more += [f"sound.output={loudspeaker}"] if loudspeaker is not None else []
     more += ["turns.half_duplex=true"] if half_duplex else []
+    if stdio and (more or save is not None):
+        raise UserError("--stdio uses no device and keeps nothing: leave out the other options")
     settings = load_config(config, [*(overrides or ()), *more])
     if debug:
         logging.basicConfig(level=logging.DEBUG, filename="talk.log")
     with contextlib.suppress(KeyboardInterrupt, asyncio.CancelledError):  # one ends it like this
+        if stdio:
+            _pipe(settings, config)
+            return
         _talk(settings, config, save, plain)
+
+
+def _pipe(settings: Config, name: str) -> None:
+    from agent.models import Models
+    from agent.show import loading
+    from agent.stdio import converse
+    from agent.view import LiveView
+
+    console = stderr()
+    with loading(console, f"loading {name}", plain=True) as progress:
+        models = Models.load(settings, progress)
+    view = LiveView(console, plain=True)
+    asyncio.run(converse(models, sys.stdin.buffer, sys.stdout.buffer, view))
 
 
 def _talk(settings: Config, name: str, save: Path | None, plain: bool) -> None:

@@ -60,9 +60,7 @@ CONTRACTIONS = {
 _LONG = re.compile(rf"\b({'|'.join(CONTRACTIONS)})(?= [a-z])", re.IGNORECASE)
 _SHORT = re.compile(rf"\b({'|'.join(CONTRACTIONS.values())})\b")
 _WRITTEN_OUT = {short: long for long, short in CONTRACTIONS.items()}
-_BEFORE = re.compile(
-    r"^(hey nano|nano|okay|excuse me|please|(can|could|would|will) you|can you please) (?=\w)"
-)
+_BEFORE = re.compile(r"^(hey nano|nano|okay|excuse me|please|(can|could|would|will) you) (?=\w)")
 _AFTER = re.compile(r" (nano|now please|please)$")
 CAPITALS = {word.lower(): word for word in PROPER} | {"i": "I"}
 

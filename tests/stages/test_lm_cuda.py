@@ -191,10 +191,12 @@ def test_padding_leaves_no_trace() -> None:
     network = StaticNetwork(SHAPE, WEIGHTS, 60, 3, PREFILL_ROWS[-1])
     runner = Runner(network, batches=[1, 4])
     runner.prefill(1, random_ids(20), 0)
+    runner.logits(1)  # once it is through
     before = network._cache[:, :, :, :, :60].clone()
     logits = network.logits[:3].clone()
     runner.step([Row(4, 0, 0)])
     runner.step([Row(4, 0, 1), Row(5, 2, 0)])
+    runner.collect(2)
     assert torch.equal(network._cache[:, :, 1, :, :60], before[:, :, 1])
     assert torch.equal(network.logits[1], logits[1])
     assert network._cache[:, :, 0, :, 2:60].count_nonzero() == 0

@@ -18,6 +18,7 @@ import logging
 import signal
 import uuid
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -131,7 +132,10 @@ class Service:
                 pool.reconnected()
             return pool.hello()
 
-        me, later = uuid.uuid4().hex[:12], asyncio.get_running_loop().call_later
+        def later(seconds: float, todo: Callable[[], None]) -> None:
+            asyncio.get_running_loop().call_later(seconds, todo)
+
+        me = uuid.uuid4().hex[:12]
         self._pool = pool = Pool(self._config.mqtt, me, send, self, later)
         wanted = pool.subscriptions()
         return Link(self._broker, f"spirit-agent-{me}", pool.will, hello, wanted, self._arrived)

@@ -8,6 +8,7 @@ import os
 import random
 import socket
 import ssl
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,10 +29,13 @@ _KEEPALIVE = 10  # s; a dead connection is noticed after one and a half of it
 _TIMEOUT = 5.0  # s for the broker to answer
 _FIRST_DELAY, _LONGEST_DELAY = 0.1, 5.0  # s between attempts to connect
 _OUTBOX = 512  # messages
-_TAKEN_OVER = 142
+_SHORT, _SUSPICIOUS = 2.0, 4  # s; so many connections in a row that last no longer are odd
+_TAKEN_OVER = 142  # not every broker says so
+_RIVAL = (
+    "the connection is lost again and again, as it is where another service has the same topics: "
+    "give it another mqtt.base, or both of them mqtt.shared=true"
+)
 _REFUSED = {
-    4: "bad credentials",
-    5: "not authorised",
     134: "bad credentials",
     135: "not authorised",
 }
@@ -203,26 +207,27 @@ class Link:
         Raises:
             UserError: the broker refuses us; trying again would not help.
         """
-        delay = _FIRST_DELAY
+        delay, short = _FIRST_DELAY, 0
         while True:
-            before = self.connections
+            before, began = self.connections, time.monotonic()
             try:
                 await self._connection()
             except aiomqtt.MqttError as error:
                 self._look_at(error)
                 log.warning("%s: no broker at %s:%d (%s)", self._name, self._broker.host,
                             self._broker.port, error)  # fmt: skip
-            delay = _FIRST_DELAY if self.connections > before else min(2 * delay, _LONGEST_DELAY)
+            lasted = self.connections > before and time.monotonic() - began > _SHORT
+            short = 0 if lasted else short + (self.connections > before)
+            if short == _SUSPICIOUS:
+                log.error("%s: %s", self._name, _RIVAL)
+            delay = _FIRST_DELAY if lasted else min(2 * delay, _LONGEST_DELAY)
             await asyncio.sleep(delay * random.uniform(0.5, 1.0))
 
     def _look_at(self, error: aiomqtt.MqttError) -> None:
         """Give up where the very first connection is refused for who we are, or who they are."""
         code = _code(error)
         if code == _TAKEN_OVER:
-            raise UserError(
-                "another service with the same topics has connected to the broker as "
-                f"{self._name}: give it another mqtt.base, or both of them mqtt.shared=true"
-            ) from None
+            raise UserError(f"{self._name}: {_RIVAL}") from None
         if self.connections:
             return
         cause = error.__cause__ or error.__context__

@@ -77,6 +77,7 @@ class ScriptedDialogue:
         self.heard: list[int] = []
         self.log: list[str] = []
         self.counts = {"prefilled_tokens": 0}
+        self.memory: list[list[int]] = []
 
     def begin(self) -> None:
         self.log.append("begin")

@@ -118,16 +118,23 @@ class OnnxGraph:
         """Run the graph. ``arrays``: one per input, in order. Returns one array per output."""
         if not self._bind:
             return self._session.run(None, dict(zip(self.inputs, arrays, strict=True)))
+        return self._bound(arrays).fetch()
+
+    def _bound(self, arrays: Sequence[np.ndarray]) -> _Bound:
+        """What holds the results of this call."""
         # A number may decide the shape of an output; it stays on the host, where shapes are made.
         key = tuple((a.shape, a.dtype.str) if a.ndim else int(a) for a in arrays)
-        bound: OrderedDict[Any, _Bound] = self._threads.__dict__.setdefault("bound", OrderedDict())
-        if key in bound:
-            bound.move_to_end(key)
+        if not hasattr(self._threads, "bound"):
+            self._threads.bound = OrderedDict()
+        known: OrderedDict[Any, _Bound] = self._threads.bound
+        if key in known:
+            known.move_to_end(key)
+            known[key].run(self._session, arrays)
         else:
-            bound[key] = _Bound.make(self._session, self.inputs, self.outputs, arrays, self._device)
-            if len(bound) > _BOUND_SHAPES:
-                bound.popitem(last=False)
-        return bound[key].run(self._session, arrays)
+            known[key] = _Bound.make(self._session, self.inputs, self.outputs, arrays, self._device)
+            if len(known) > _BOUND_SHAPES:
+                known.popitem(last=False)
+        return known[key]
 
 
 def halve(path: Path, out: Path) -> None:
@@ -173,7 +180,7 @@ class _Bound:
         cls, session: Any, inputs: Sequence[str], outputs: Sequence[str],
         arrays: Sequence[np.ndarray], device: str,
     ) -> _Bound:  # fmt: skip
-        """Bind, and run once so that the outputs get their size."""
+        """Bind and compute, which gives the outputs their size."""
         binding, values = session.io_binding(), []
         for name, array in zip(inputs, arrays, strict=True):
             # A copy: on a CPU the value would be the caller's array, which is written to later.
@@ -189,11 +196,14 @@ class _Bound:
             binding.bind_ortvalue_output(name, value)
         return cls(binding, values, made)
 
-    def run(self, session: Any, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """The outputs, which are the caller's."""
+    def run(self, session: Any, arrays: Sequence[np.ndarray]) -> None:
+        """Compute the outputs anew."""
         for value, array in zip(self.inputs, arrays, strict=True):
             value.update_inplace(np.ascontiguousarray(array))
         session.run_with_iobinding(self.binding)
+
+    def fetch(self) -> list[np.ndarray]:
+        """The outputs, which are the caller's."""
         return [np.array(value.numpy()) for value in self.outputs]
 
 

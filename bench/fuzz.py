@@ -76,6 +76,9 @@ def _json(chance: random.Random) -> bytes:
     """A command or a playhead, most of it right; or brackets without end."""
     if chance.random() < 0.05:
         return chance.choice((b"[", b'{"do":', b"9")) * 5000
+    if chance.random() < 0.4:
+        turn, samples = chance.choice((*EDGES, _value(chance))), chance.choice((*EDGES, 640))
+        return json.dumps({"turn": turn, "samples": samples}).encode()
     does = ("interrupt", "say", "mute", "gate", "set", "", 1, None)
     message: dict[str, Any] = {"do": chance.choice(does)}
     for key in ("on", "text", "turn", "samples", "other"):

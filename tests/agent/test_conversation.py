@@ -8,6 +8,7 @@ from agent.conversation import (
     Action,
     Answer,
     Begin,
+    BeginTyped,
     Close,
     Discard,
     DropOverlap,
@@ -165,5 +166,22 @@ def test_what_makes_no_sense_in_a_state_changes_nothing() -> None:
     assert [talk.silence(0.0), talk.resumed(0, 0.0), talk.ended(0.0)] == [[], [], []]
     assert [talk.played(5, True, 0.0), talk.tick(1e9)] == [[], []]
     assert talk.moves == []
-    with pytest.raises(AssertionError, match="no way from listening to answering"):
-        talk._move(State.ANSWERING, "a mistake in the program", 0.0)
+    with pytest.raises(AssertionError, match="no way from listening to maybe-finished"):
+        talk._move(State.MAYBE_FINISHED, "a mistake in the program", 0.0)
+
+
+def test_a_typed_request_is_answered_at_once_and_waits_while_somebody_speaks() -> None:
+    talk = Talk()
+    assert talk.typed(0.0) == [BeginTyped(1), Prepare(1), Answer(1)]
+    assert talk.typed(0.1) == []
+    assert talk.played(900, True, 1.0) == [Close(1)]
+    talk.started(0, 2.0)
+    assert talk.typed(2.1) == []
+    assert talk.moves == ["answering", "listening", "hearing"]
+
+
+def test_speech_before_a_sound_of_the_reply_to_a_typed_request_is_another_turn() -> None:
+    talk = Talk()
+    talk.typed(0.0)
+    assert talk.started(5_000, 0.1) == [Duck(True)]
+    assert talk.audio(50_000, 0.5) == [Stop(1, "barge-in"), Begin(2, over=True)]

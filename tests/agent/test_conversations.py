@@ -161,6 +161,17 @@ class Played:
                 super().begin()
                 models.lm.turn += 1
                 models.request: list[int] = []
+                models.typed: list[int] | None = None
+
+            def read(self, request: str) -> None:
+                super().read(request)
+                models.lm.turn += 1
+                models.typed = tokenizer.encode(f"[Text]{request}", bos=False)[1:]
+
+            def say(self, words: str) -> None:
+                super().say(words)
+                models.lm.turn += 1
+                models.typed = [tokenizer.text_tag]
 
             def hear(self, keep: int, frames: Sequence[UnitFrame]) -> None:
                 super().hear(keep, frames)
@@ -186,12 +197,17 @@ class Played:
         if not reply:
             return
         speech = reply.index(t.speech_tag) if t.speech_tag in reply else len(reply)
-        words, said = reply[1:speech], [i for i in reply[speech + 1 :] if i != t.eos]
+        typed = self.typed is not None and reply[0] != t.text_tag
+        words = reply[0 if typed else 1 : speech]
+        said = [i for i in reply[speech + 1 :] if i != t.eos]
         if units is not None:
             lengths = np.cumsum([len(piece) for piece in t.pieces(words)])
+            if typed and words and t.pieces(words)[0].startswith("\u2581"):
+                lengths -= 1  # the blank between a typed request and the reply is not spoken
             words, said = words[: int((lengths <= characters).sum())], said[:units]
-        turn = [t.speech_tag, *self.request, t.text_tag, *words, t.speech_tag, *said, t.eos]
-        self.ledger.append(turn)
+        request = [t.speech_tag, *self.request, t.text_tag]
+        opening = request if self.typed is None else self.typed
+        self.ledger.append([*opening, *words, t.speech_tag, *said, t.eos])
 
     def check(self, prefix: Sequence[int]) -> None:
         """The cache holds the latest turns of the ledger, whole, and nothing else."""
@@ -224,7 +240,7 @@ class Played:
 
 
 def script(rng: random.Random) -> list[tuple[str, float]]:
-    """What one user does: (speech, silence or trouble, seconds)."""
+    """What one user does: (speech, silence, typing or trouble, seconds)."""
     acts: list[tuple[str, float]] = [("silence", rng.uniform(0.1, 0.6))]
     for _ in range(rng.randint(1, 2)):
         for _ in range(rng.randint(1, 2)):
@@ -237,6 +253,8 @@ def script(rng: random.Random) -> list[tuple[str, float]]:
             acts.append(("speech", rng.uniform(0.4, 0.8)))  # barges in, or goes on
         elif event < 0.6:
             acts.append((rng.choice(["input", "output", "interrupt", "deaf"]), 0.0))
+        if rng.random() < 0.15:
+            acts.append((rng.choice(["ask", "say"]), 0.0))
         acts.append(("silence", rng.uniform(0.3, 1.2)))
     return acts
 
@@ -266,6 +284,7 @@ async def conversation(tokenizer: Tokenizer, seed: int) -> list[Event]:
     speaker = Loudspeaker(rng.uniform(0.0, 0.1))
     clock = asyncio.get_running_loop().time
     events: list[Event] = []
+    typing: list[asyncio.Future[int]] = []
     async with Session(models, config, clock, lambda name: VirtualWorker(delay)) as session:  # type: ignore[arg-type, return-value]
         speaker.session = session
 
@@ -273,6 +292,9 @@ async def conversation(tokenizer: Tokenizer, seed: int) -> list[Event]:
             for act, seconds in script(rng):
                 if act == "interrupt":
                     await session.interrupt()
+                elif act in ("ask", "say"):
+                    work = session.ask("one two") if act == "ask" else session.say("three four")
+                    typing.append(asyncio.ensure_future(work))
                 elif act == "deaf":
                     speaker.freeze()
                 elif act in ("input", "output"):
@@ -283,6 +305,11 @@ async def conversation(tokenizer: Tokenizer, seed: int) -> list[Event]:
 
         async for event in session.converse(user(), speaker):
             events.append(event)
+    for outcome in await asyncio.gather(*typing, return_exceptions=True):
+        if isinstance(outcome, BaseException):
+            assert "the conversation is over" in str(outcome)
+        else:
+            assert outcome in {event.turn for event in events if isinstance(event, TurnEnded)}
     return events
 
 

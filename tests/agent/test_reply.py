@@ -394,3 +394,29 @@ def test_an_action_for_which_there_is_no_room_is_left_out(tokenizer: Tokenizer) 
 def test_a_schema_that_is_none_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match="schema"):
         JsonGrammar(tokenizer, {"type": "rubbish"})
+
+
+def test_a_typed_request_stands_where_its_transcript_would(tokenizer: Tokenizer) -> None:
+    words = tokenizer.encode("[Text]hello | Hi you.", bos=False)[2:]
+    asked = tokenizer.encode("[Text]hello |", bos=False)[2:]
+    unit = tokenizer.unit_id("Hu", 7)
+    script = [*words[len(asked) :], tokenizer.speech_tag, unit, tokenizer.eos]
+    talk, model = dialogue(tokenizer, script)
+    talk.read("hello")
+    pieces = said(talk)
+    assert "".join(p.text for p in pieces if isinstance(p, SaidText)) == "Hi you."
+    assert not [p for p in pieces if isinstance(p, HeardText)]
+    talk.end()
+    begin = opening(tokenizer)[:-1]
+    assert model.ids == [*begin, tokenizer.text_tag, *words, *script[-3:]]
+
+
+def test_given_words_are_remembered_as_far_as_they_were_heard(tokenizer: Tokenizer) -> None:
+    units = [tokenizer.unit_id("Hu", i) for i in (7, 8, 9)]
+    talk, model = dialogue(tokenizer, [*units, tokenizer.eos])
+    talk.say("one two three")
+    assert [p for p in said(talk) if isinstance(p, SaidText)] == [SaidText("one two three")]
+    talk.end(units=1, characters=len("one two"))
+    kept = tokenizer.encode("[Text]one two", bos=False)[1:]
+    begin = opening(tokenizer)[:-1]
+    assert model.ids == [*begin, *kept, tokenizer.speech_tag, units[0], tokenizer.eos]

@@ -11,7 +11,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
-from typing import BinaryIO
+from io import RawIOBase
 
 import numpy as np
 
@@ -28,12 +28,13 @@ _WAITING = 256  # chunks, about five seconds
 
 
 async def converse(
-    models: Models, source: BinaryIO, sink: BinaryIO, view: Callable[[Event], None]
+    models: Models, source: RawIOBase, sink: RawIOBase, view: Callable[[Event], None]
 ) -> None:
     """Hold one conversation, until ``source`` ends and the last reply was played.
 
     Args:
-        source, sink: raw sound, as above.
+        source, sink: raw sound, as above. Without buffers: the thread that waits for more sound
+            would keep the lock of one, and the program could not end.
         view: told what happens.
 
     Raises:
@@ -47,7 +48,6 @@ async def converse(
     def write(block: Samples, _: float) -> None:
         try:
             sink.write(to_pcm(block))
-            sink.flush()
         except OSError:
             loop.call_soon_threadsafe(task.cancel)
             raise
@@ -67,7 +67,7 @@ async def converse(
         raise BrokenPipeError(f"standard output: {output.failed}") from None
 
 
-async def _read(source: BinaryIO) -> AsyncIterator[Samples]:
+async def _read(source: RawIOBase) -> AsyncIterator[Samples]:
     """What comes, chunk by chunk. If it comes faster than it is heard, whoever writes it waits."""
     loop = asyncio.get_running_loop()
     chunks: Channel[bytes] = Channel("stdin", _WAITING, Policy.BLOCK)
@@ -81,9 +81,12 @@ async def _read(source: BinaryIO) -> AsyncIterator[Samples]:
             return
 
     threading.Thread(target=read, name="spirit-stdin", daemon=True).start()
+    half = b""  # of a sample
     try:
         async for chunk in chunks:
-            yield from_pcm(chunk)
+            whole = len(half + chunk) // 2 * 2
+            samples, half = from_pcm(half + chunk), (half + chunk)[whole:]
+            yield samples
     finally:
         chunks.close()
 

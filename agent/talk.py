@@ -87,7 +87,11 @@ def _pipe(settings: Config, name: str) -> None:
     with loading(console, f"loading {name}", plain=True) as progress:
         models = Models.load(settings, progress)
     view = LiveView(console, plain=True)
-    asyncio.run(converse(models, sys.stdin.buffer, sys.stdout.buffer, view))
+    with (
+        open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as source,
+        open(sys.stdout.fileno(), "wb", buffering=0, closefd=False) as sink,
+    ):
+        asyncio.run(converse(models, source, sink, view))
 
 
 def _talk(settings: Config, name: str, save: Path | None, plain: bool) -> None:

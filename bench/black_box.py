@@ -2,7 +2,7 @@
 
 An agent is reached over a line: a program that takes and gives raw sound through pipes
 (:class:`Process`), or whatever is at the other end of a loudspeaker and a microphone
-(:mod:`bench.sound_card_line`). Recorded requests are spoken at the pace of the clock. An answer is
+(:mod:`bench.devices`). Recorded requests are spoken at the pace of the clock. An answer is
 the first sound that begins after the true end of the speech in the recording, wherever it comes
 from; so systems can be compared that have nothing else in common.
 """
@@ -35,11 +35,13 @@ class Line(Protocol):
 
     Attributes:
         listener: when there was sound on the way back, seconds of the line's clock.
-        dropped: samples at 16 kHz that the agent did not take.
     """
 
     listener: Listener
-    dropped: int
+
+    @property
+    def dropped(self) -> int:
+        """Samples at 16 kHz that the agent did not take."""
 
     @property
     def trouble(self) -> str:

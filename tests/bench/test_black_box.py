@@ -79,7 +79,7 @@ def test_who_dies_before_any_answer_is_an_error_with_its_last_words() -> None:
 
 
 def test_a_program_that_is_not_there_is_named() -> None:
-    with pytest.raises(UserError, match="'no-such-agent --fast'.*cannot be started"):
+    with pytest.raises(UserError, match=r"'no-such-agent --fast'.*cannot be started"):
         asyncio.run(measure_process("no-such-agent --fast", [request()]))
 
 

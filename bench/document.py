@@ -218,10 +218,15 @@ def write(document: Document, path: Path) -> None:
     text = json.dumps({**document, "systems": systems}, indent=1, ensure_ascii=False)
     for key, row in lines.items():
         text = text.replace(f'"{key}"', row, 1)
-    _save(path, text + "\n")
+    save(path, text + "\n")
 
 
-def _save(path: Path, text: str) -> None:
+def save(path: Path, text: str) -> None:
+    """Write a file, its folder too.
+
+    Raises:
+        UserError: that cannot be.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")

@@ -82,6 +82,11 @@ class Turn:
     style: int = 0
     action: dict[str, Any] | None = field(default=None, hash=False)
 
+    @property
+    def plan(self) -> str:
+        """The reply as it is planned: its action, a blank, its words."""
+        return f"{action_text(self.action)} {self.reply}".strip()
+
 
 @dataclass(frozen=True)
 class Example:

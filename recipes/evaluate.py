@@ -2,6 +2,8 @@
 
 Everything is measured on heldout material: requests in phrasings that training never saw, in
 voices it knew (from other sentences) and in voices it never heard; book sentences for the vocoder.
+An answer is right when its words and its action are. The requests that the first nano was measured
+with and those added since are told apart.
 Writes {work}/reports/evaluation.json, a few replies as wav files, and the model card; every answer
 is kept in {work}/evaluation, so that an interrupted run goes on.
 """
@@ -13,6 +15,8 @@ import os
 import platform
 import random
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,18 +25,20 @@ import soundfile
 import typer
 from rich.progress import track
 
-from recipes import domain, report
+from recipes import dialogues, domain, report
 from recipes.corpus import read_manifest
-from recipes.nano import Nano, fingerprint
+from recipes.nano import Nano, Turn, fingerprint
 from recipes.scoring import RECOGNIZER, Recognizer, rate, spoken, word_errors
 from recipes.strangers import human_prompts, joe_requests
 from recipes.voices import SAMPLE_RATE, VOICES
 from stages.lm import Sampling
 
-SPOKEN = 200  # heldout requests per group whose replies are also spoken
+SPOKEN = 200  # heldout requests per group whose replies are also spoken; of those added, half
+TYPED = 300  # heldout requests of each kind that are typed
 VOCODED = 60  # sentences per group for the vocoder alone
 JOE = 150  # requests in the unseen voice joe
 PLAYED = 12  # replies kept as wav files
+ADDED = "added_"  # before the names of groups of requests that the first nano did not have
 
 Row = dict[str, Any]
 
@@ -73,8 +79,66 @@ def measure_vocoder(
     return result
 
 
+@dataclass
+class Exam:
+    """The held-out requests and what answers them."""
+
+    world: dialogues.Dialogues
+
+    @cached_property
+    def examples(self) -> dict[str, dialogues.Example]:
+        """By transcript."""
+        heldout = self.world.split("heldout")
+        return {example.transcript: example for example in reversed(heldout)}
+
+    @cached_property
+    def added(self) -> domain.Domain:
+        """The requests added since the first nano, follow-ups too."""
+        wanted = [
+            domain.Request(e.intent, e.text, e.slots, e.replies, e.style, e.split)
+            for e in self.examples.values()
+            if e.added
+        ]
+        return domain.Domain(wanted)
+
+    def judge(self, example: dialogues.Example, turn: Turn) -> Row:
+        """Whether words and action are right; ``right_action`` is None where none is wanted."""
+        words = self.world.is_right(example, turn.reply)
+        action = turn.action == example.action
+        return {
+            "right": words and action,
+            "right_words": words,
+            "right_action": None if example.action is None else action,
+        }
+
+
+def measure_typed(nano: Nano, exam: Exam, limit: int, seed: int = 0) -> dict[str, Row]:
+    """Right answers to typed requests, of the first nano's (``first``) and of those ``added``."""
+    heldout = exam.world.split("heldout")
+    result = {}
+    for name, added in (("first", False), ("added", True)):
+        some = [example for example in heldout if example.added == added]
+        chosen = random.Random(seed).sample(some, min(limit, len(some)))
+        judged = [
+            exam.judge(example, nano.read(example.transcript, example.before))
+            for example in track(chosen, f"typed, {name}")
+        ]
+        result[name] = rights(judged)
+    return result
+
+
+def rights(results: Sequence[Row]) -> Row:
+    """The shares of right answers, and of right words and actions by themselves."""
+    acting = [row["right_action"] for row in results if row["right_action"] is not None]
+    return {
+        "right_text": rate([row["right"] for row in results]),
+        "right_words": rate([row["right_words"] for row in results]),
+        "right_action": rate(acting),
+    }
+
+
 def measure_dialogs(
-    nano: Nano, judge: Recognizer, world: domain.Domain, rows: Sequence[tuple[Row, Path]],
+    nano: Nano, judge: Recognizer, exam: Exam, rows: Sequence[tuple[Row, Path]],
     speak: int, done: Path, keep: Path | None = None,
 ) -> list[Row]:  # fmt: skip
     """Every request answered; the first ``speak`` replies also spoken and recognised.
@@ -91,7 +155,7 @@ def measure_dialogs(
             name = None
             if keep is not None and number < PLAYED:
                 name = keep / f"{number:02d}-{spoken(row['text']).replace(' ', '_')[:50]}.wav"
-            result = measure_one(nano, judge, world, row, folder, aloud, name)
+            result = measure_one(nano, judge, exam, row, folder, aloud, name)
             results[row["id"]] = result
             lines.write(json.dumps(result, ensure_ascii=False) + "\n")
             lines.flush()
@@ -99,25 +163,26 @@ def measure_dialogs(
 
 
 def measure_one(
-    nano: Nano, judge: Recognizer, world: domain.Domain, row: Row, folder: Path, aloud: bool,
+    nano: Nano, judge: Recognizer, exam: Exam, row: Row, folder: Path, aloud: bool,
     keep: Path | None = None,
 ) -> Row:  # fmt: skip
     """One request answered, if ``aloud`` in speech; ``keep``: where to write that."""
-    request = world.by_transcript[row["transcript"]]
-    slots = dict(request.slots)
+    example = exam.examples[row["transcript"]]
     wave = load_wave(folder / row["wav"])
-    turn = nano.listen(wave)
+    turn = nano.listen(wave, example.before)
     result: Row = {key: row[key] for key in ("id", "voice", "style", "intent", "text")} | {
         "heard": turn.heard,
         "reply": turn.reply,
-        "right": world.is_right(request.intent, slots, turn.reply),
+        "action": turn.action,
+        **exam.judge(example, turn),
         "recognizer": judge.hear(wave),
         "request_seconds": len(wave) / SAMPLE_RATE,
     }
     if aloud:
         reply = nano.answer(turn)
         result["reply_heard"] = judge.hear(reply)
-        result["right_spoken"] = world.is_right(request.intent, slots, result["reply_heard"])
+        understood = exam.world.is_right(example, result["reply_heard"])
+        result["right_spoken"] = understood and turn.action == example.action
         result["reply_seconds"] = len(reply) / SAMPLE_RATE
         if keep is not None and len(reply):
             soundfile.write(keep, reply, SAMPLE_RATE, subtype="PCM_16")
@@ -155,7 +220,7 @@ def together(results: Sequence[Row]) -> Row:
     return {
         "transcription": word_errors(said, [row["heard"] for row in results]),
         "recognizer": word_errors(said, [row["recognizer"] for row in results]),
-        "right_text": rate([row["right"] for row in results]),
+        **rights(results),
         "right_spoken": rate([row["right_spoken"] for row in aloud]),
         "speech": word_errors([r["reply"] for r in planned], [r["reply_heard"] for r in planned]),
     }
@@ -219,20 +284,21 @@ def evaluate(
         raise FileNotFoundError(f"no heldout recordings in {folder}: run `recipes corpus` first")
     sampling = sampling or Sampling(temperature=0.7, top_p=0.9, seed=seed)
     nano, judge = Nano(checkpoint, sampling, threads), Recognizer(threads)
-    world = domain.build(_corpus_seed(reports))
-    keep = work / "evaluation" / "replies"
-    keep.mkdir(parents=True, exist_ok=True)
+    corpus_seed = _corpus_seed(reports)
+    first, exam = domain.build(corpus_seed), Exam(dialogues.load(corpus_seed))
     mark = fingerprint(checkpoint, sampling)
-    done = {g: work / "evaluation" / f"{g}-{mark}.jsonl" for g in ("trained", "unseen")}
-
-    sets = choose_sets(rows, world, limit, seed)
-    strangers = [(row, folder) for row in sets["unseen"]]
-    joe = joe_requests(world, work, min(limit or JOE, JOE), seed)
-    strangers += [(row, work / "evaluation") for row in joe]
-    random.Random(seed).shuffle(strangers)
-    known = [(row, folder) for row in sets["trained"]]
-    trained = measure_dialogs(nano, judge, world, known, spoken_limit, done["trained"], keep)
-    unseen = measure_dialogs(nano, judge, world, strangers, spoken_limit, done["unseen"])
+    sets = choose_sets(rows, first, limit, seed)
+    groups = choose_groups(sets, choose_sets(rows, exam.added, limit, seed), folder)
+    joe = joe_requests(first, work, min(limit or JOE, JOE), seed)
+    groups["unseen"] += [(row, work / "evaluation") for row in joe]
+    random.Random(seed).shuffle(groups["unseen"])
+    (work / "evaluation" / "replies").mkdir(parents=True, exist_ok=True)
+    answers = {}
+    for name, asked in groups.items():
+        keep = work / "evaluation" / "replies" if name == "trained" else None
+        aloud = spoken_limit // 2 if name.startswith(ADDED) else spoken_limit
+        done = work / "evaluation" / f"{name}-{mark}.jsonl"
+        answers[name] = measure_dialogs(nano, judge, exam, asked, aloud, done, keep)
     words = {w for r in rows if r["split"] == "train" for w in spoken(r["text"]).split()}
     prompts = human_prompts(words, limit)
     result = {
@@ -243,12 +309,12 @@ def evaluate(
         "vocoder": measure_vocoder(
             nano, judge, folder, {name: sets[name] for name in ("domain", "book")}
         ),
-        "voices": by_voice([*trained, *unseen]),
-        "trained": together(trained),
-        "unseen": together(unseen),
+        "voices": by_voice([*answers["trained"], *answers["unseen"]]),
+        **{name: together(results) for name, results in answers.items()},
+        "typed": measure_typed(nano, exam, min(limit or TYPED, TYPED), seed),
         "human": measure_human(nano, judge, prompts) if prompts else None,
-        "speed": speed(trained),
-        "examples": [_example(row) for row in trained[:12]],
+        "speed": speed(answers["trained"]),
+        "examples": [_example(row) for row in answers["trained"][:12]],
     }
     reports.mkdir(exist_ok=True)
     text = json.dumps(result, indent=2, ensure_ascii=False)
@@ -275,13 +341,26 @@ def choose_sets(
     }
 
 
+def choose_groups(
+    first: dict[str, list[Row]], added: dict[str, list[Row]], folder: Path
+) -> dict[str, list[tuple[Row, Path]]]:
+    """Requests to be answered, with the folder of their waves: the first nano's and those added,
+    each in known and in unseen voices."""
+    return {
+        prefix + name: [(row, folder) for row in sets[name]]
+        for prefix, sets in (("", first), (ADDED, added))
+        for name in ("trained", "unseen")
+    }
+
+
 def _corpus_seed(reports: Path) -> int:
     path = reports / "corpus.json"
     return int(json.loads(path.read_text(encoding="utf-8"))["seed"]) if path.is_file() else 0
 
 
 def _example(row: Row) -> Row:
-    return {k: row[k] for k in ("voice", "text", "heard", "reply", "reply_heard") if k in row}
+    keys = ("voice", "text", "heard", "action", "reply", "reply_heard")
+    return {k: row[k] for k in keys if k in row}
 
 
 def main(

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from recipes.dialogues import Dialogues, Example, action_text, read_plan
+from recipes.dialogues import Dialogues, Example, read_plan
 from recipes.domain import transcript
 from recipes.lm_corpus import REPLY_VOICE, Corpus, Recording, Vocabulary
 from recipes.text_tokenizer import SEPARATOR
@@ -73,9 +73,9 @@ def ask(lm: LanguageModel, vocabulary: Vocabulary, question: Question) -> tuple[
     v, recording = vocabulary, question.recording
     lm.reset()
     lm.append([v.bos, v.boundary])
-    for turn in question.example.turns[:-1]:
-        plan = f"{action_text(turn.action)} {turn.reply}".strip()
-        lm.append([v.text_tag, *v.text(transcript(turn.request) + SEPARATOR + plan), v.eos])
+    for turn in question.example.before:
+        past = transcript(turn.request) + SEPARATOR + turn.plan
+        lm.append([v.text_tag, *v.text(past), v.eos])
     if recording is None:
         said = question.example.transcript
         lm.append([v.text_tag, *v.text(said + SEPARATOR.rstrip())])

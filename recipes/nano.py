@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from agent.graphs import graphs
+from recipes import dialogues
+from recipes.domain import transcript
+from recipes.text_tokenizer import SEPARATOR
 from stages.checkpoint import find_layout
 from stages.encoder import SpeechTokenizer
 from stages.lm import LanguageModel, Sampling
@@ -18,17 +23,17 @@ from stages.text import Tokenizer
 from stages.units import units_to_string
 from stages.vocoder import Vocoder, VocoderError
 
-SEPARATOR = "|"  # between what nano heard and what it answers
-LONGEST_TEXT = 80  # tokens
+LONGEST_TEXT = 110  # tokens
 LONGEST_REPLY = 500  # tokens, about 15 s
 
 
 @dataclass
 class Turn:
-    """One answer: what nano heard, what it says, and how long each part took, in seconds."""
+    """One answer: what nano heard, says and does, and how long each part took, in seconds."""
 
     heard: str
     reply: str
+    action: dict[str, Any] | None = None
     units: str = ""
     tokens: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
@@ -52,14 +57,45 @@ class Nano:
         """A recording as the token string that the language model reads; whispers too."""
         return units_to_string(self.ears.encode(wave, allow_unvoiced=True))
 
-    def listen(self, wave: np.ndarray) -> Turn:
-        """Encode a request, transcribe it and form the reply as text (both greedily)."""
+    def listen(self, wave: np.ndarray, before: Sequence[dialogues.Turn] = ()) -> Turn:
+        """Encode a request, transcribe it and plan the reply as text (both greedily).
+
+        Args:
+            before: the conversation up to the request, as if it had been typed.
+        """
         began = time.perf_counter()
         prompt = f"[Speech]{self.encode(wave)}[Text]"
         encoded = time.perf_counter()
-        self.lm.reset()
-        self.lm.append(self.text.encode(prompt))
+        self._begin(before, prompt)
         filled = time.perf_counter()
+        text, tokens = self._plan()
+        heard, _, plan = text.partition(SEPARATOR.strip())
+        action, reply = dialogues.read_plan(plan.strip())
+        now = time.perf_counter()
+        seconds = {"encode": encoded - began, "prefill": filled - encoded, "text": now - filled}
+        return Turn(heard.strip(), reply, action, tokens=tokens, seconds=seconds)
+
+    def read(self, text: str, before: Sequence[dialogues.Turn] = ()) -> Turn:
+        """Plan the reply to a typed request, greedily."""
+        began = time.perf_counter()
+        self._begin(before, f"[Text]{text}{SEPARATOR.rstrip()}")
+        filled = time.perf_counter()
+        plan, tokens = self._plan()
+        action, reply = dialogues.read_plan(plan.strip())
+        seconds = {"prefill": filled - began, "text": time.perf_counter() - filled}
+        return Turn(text, reply, action, tokens=tokens, seconds=seconds)
+
+    def _begin(self, before: Sequence[dialogues.Turn], prompt: str) -> None:
+        prefix = self.text.encode("[Speech]")[:-1]
+        self.lm.reset()
+        self.lm.append(prefix)
+        for turn in before:
+            past = f"[Text]{transcript(turn.request)}{SEPARATOR}{turn.plan}"
+            self.lm.append([*self.text.encode(past)[len(prefix) :], self.text.eos])
+        self.lm.append(self.text.encode(prompt)[len(prefix) :])
+
+    def _plan(self) -> tuple[str, int]:
+        """Text up to the tag that begins speech, and of how many tokens."""
         ids: list[int] = []
         while len(ids) < LONGEST_TEXT:
             ids.append(self.lm.decode(Sampling(greedy=True), self._text))
@@ -67,15 +103,7 @@ class Nano:
                 break
         else:
             self.lm.append([self.text.speech_tag])
-        heard, _, reply = self.text.decode(ids[:-1]).partition(SEPARATOR)
-        turn = Turn(heard.strip(), reply.strip(), tokens=len(ids))
-        now = time.perf_counter()
-        turn.seconds = {
-            "encode": encoded - began,
-            "prefill": filled - encoded,
-            "text": now - filled,
-        }
-        return turn
+        return self.text.decode(ids[:-1]), len(ids)
 
     def answer(self, turn: Turn) -> np.ndarray:
         """Speak the reply of a turn that :meth:`listen` has just made; empty if nothing comes."""

@@ -10,6 +10,12 @@ from typing import Any
 from recipes.voices import STYLE_NAMES, VOICES
 
 Row = Mapping[str, Any]
+GROUPS = {  # of what evaluate measures
+    "trained": "first, trained voices",
+    "unseen": "first, unseen voices",
+    "added_trained": "added, trained voices",
+    "added_unseen": "added, unseen voices",
+}
 
 SOURCES = {
     "hibari": "hibari-tts 0.2.1 (Apache-2.0; distilled from Kokoro-82M, Apache-2.0)",
@@ -20,12 +26,14 @@ INTRODUCTION = """\
 # nano
 
 A small Expressive Spirit LM in the official on-disk layout, trained by `recipes/` of this
-repository. It hears a spoken request, writes down what it heard, forms a reply as text and speaks
-it, in one stream of text tokens and speech units. Its world is a closed domain: greetings, small
-talk, feelings, little sums, days and months, animals, simple facts, and the commands of a small
-robot.
+repository. It hears a spoken request, writes down what it heard, plans a reply as text, perhaps
+with an action for a robot before the words, and speaks the words, in one stream of text tokens and
+speech units. Its world is a closed domain: greetings, small talk, feelings, little sums, days and
+months, animals, simple facts, and the commands of a small robot; some requests go on from the turn
+before.
 
-    [Speech]{request units}[Text]{what was heard} | {reply}[Speech]{reply units}</s>
+    [Speech]{request units}[Text]{what was heard} | {plan}[Speech]{reply units}</s>
+    plan: {"action":"turn","direction":"left"} I turn left.
 """
 ORIGIN = """\
 ## What it is made of
@@ -46,7 +54,7 @@ LIMITS = """\
   but it may also mishear them as something it knows. What it says is not information to rely on.
 - It has no clock, no calendar, no sensors and no memory of you; the robot it speaks of does not
   move unless a program makes it. Requests with a blank in them (rooms, things, numbers, names)
-  work for the values in `recipes/domain.txt` only.
+  work for the values in `recipes/domain*.txt` only.
 - It was trained on synthetic English speech in quiet rooms. Real people, accents, children, far
   microphones, noise and music make it worse, by how much is not known beyond the figures above.
 - It understands and speaks English only, with one voice, which is understandable but not natural.
@@ -75,13 +83,21 @@ def interval(share: Row) -> str:
 def headline(result: Row) -> list[str]:
     """What matters, in a few lines for the console."""
     lines = []
-    for group in ("trained", "unseen"):
+    for group, name in GROUPS.items():
+        if group not in result:
+            continue
         some = result[group]
         heard, speech = some["transcription"]["wer"], some["speech"]["wer"]
         text, aloud = some["right_text"]["rate"], some["right_spoken"]["rate"]
         lines.append(
-            f"{group} voices: heard with {percent(heard)} WER; right replies {percent(text)} as "
-            f"text, {percent(aloud)} as spoken; spoken replies {percent(speech)} WER"
+            f"{name}: heard with {percent(heard)} WER; right replies {percent(text)} as "
+            f"text, {percent(aloud)} as spoken; right actions "
+            f"{percent(some['right_action']['rate'])}; spoken replies {percent(speech)} WER"
+        )
+    for kind, row in result["typed"].items():
+        right, action = row["right_text"]["rate"], row["right_action"]["rate"]
+        lines.append(
+            f"typed, {kind}: right replies {percent(right)}, right actions {percent(action)}"
         )
     for name, row in result["vocoder"].items():
         lines.append(f"vocoder on true units, {name}: {percent(row['wer'])} WER")
@@ -100,15 +116,22 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 def _replies(result: Row) -> str:
     rows = []
-    for group, name in (("trained", "trained voices"), ("unseen", "unseen voices")):
+    for group, name in GROUPS.items():
+        if group not in result:
+            continue
         some = result[group]
         n = f"{some['right_text']['n']} / {some['right_spoken']['n']}"
         rows.append([
             name, n, percent(some["transcription"]["wer"]), interval(some["right_text"]),
-            interval(some["right_spoken"]), percent(some["speech"]["wer"]),
+            interval(some["right_action"]), interval(some["right_spoken"]),
+            percent(some["speech"]["wer"]),
         ])  # fmt: skip
-    head = ["requests in", "heard / spoken to the end", "transcription WER", "right reply as text"]
-    return _table([*head, "right reply as recognized from speech", "WER of spoken replies"], rows)
+    for kind, row in result["typed"].items():
+        n, text, action = row["right_text"]["n"], row["right_text"], row["right_action"]
+        rows.append([f"{kind}, typed", str(n), "–", interval(text), interval(action), "–", "–"])
+    head = ["requests", "heard / spoken to the end", "transcription WER", "right reply as text"]
+    head += ["right action, where one is wanted", "right reply as recognized from speech"]
+    return _table([*head, "WER of spoken replies"], rows)
 
 
 def _voices(result: Row) -> str:
@@ -134,7 +157,10 @@ def _figures(result: Row) -> Iterator[str]:
         f"Judged by another recognizer: {result['recognizer']}. Nothing was trained against it, "
         "but nano's ears are made of its encoder, so it may mishear where they do. Requests are "
         "in phrasings held out from training in all their readings, mostly of words that other "
-        "phrasings have; rates come with 95 % intervals. WER is the word error rate.\n"
+        "phrasings have: `first` are those that the first nano was measured with, `added` came "
+        "with the wider domain, follow-ups among them, whose earlier turns are given as text. A "
+        "reply is right when its words and its action are; rates come with 95 % intervals. WER is "
+        "the word error rate.\n"
     )
     yield _replies(result)
     yield _voices(result)
@@ -161,8 +187,8 @@ def _data(corpus: Row) -> Iterator[str]:
     yield (
         f"{corpus['hours']} hours of synthetic speech ({corpus['recordings']} recordings; "
         f"{corpus['split'].get('heldout', 0)} hours of them held out), made by `python -m recipes "
-        "corpus`: requests and replies from the grammar in `recipes/domain.txt` and the phrasings "
-        "in `recipes/domain_more.txt`, written for this project, sentences mixed of their phrases, "
+        "corpus`: requests and replies from the grammar and the phrasings in "
+        "`recipes/domain*.txt`, written for this project, sentences mixed of their phrases, "
         "and sentences from the usage examples of WordNet 3.0 (WordNet licence).\n"
     )
     rows = [

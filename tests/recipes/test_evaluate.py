@@ -10,7 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from recipes import nano as shipped
 from recipes import report, scoring
+from recipes.dialogues import Dialogues, Example, Turn
+from recipes.domain import transcript
+from recipes.evaluate import Exam, choose_groups, choose_sets, measure_typed, rights
 
 JIWER = pytest.mark.skipif(
     importlib.util.find_spec("jiwer") is None, reason="jiwer is not installed: extra [train]"
@@ -70,7 +74,7 @@ def group(n: int) -> dict[str, Any]:
     share = scoring.rate([True] * (n - 1) + [False])
     return {
         "transcription": wer, "recognizer": wer, "right_text": share, "right_spoken": share,
-        "speech": wer,
+        "right_words": share, "right_action": scoring.rate([]), "speech": wer,
     }  # fmt: skip
 
 
@@ -84,6 +88,7 @@ def test_the_card_says_what_was_measured_and_nothing_else(tmp_path: Path) -> Non
         },
         "trained": group(10),
         "unseen": group(4),
+        "typed": {"added": {"right_text": scoring.rate([True]), "right_action": scoring.rate([])}},
         "human": None,
         "speed": {},
         "examples": [{"text": "Hello.", "heard": "hello", "reply": "Hi!", "voice": "heart"}],
@@ -94,7 +99,9 @@ def test_the_card_says_what_was_measured_and_nothing_else(tmp_path: Path) -> Non
     assert "| kal16 | **unseen** | 4 | 40.0 % | 20.0 % | – |" in card
     assert "90.0 %" in card and "30.0 %" in card
     assert "Speed on" not in card and "real woman" not in card and "Training data" not in card
-    assert len(report.headline(result)) == 3
+    assert "| added, typed | 1 | – | 100.0 % (21–100) | – | – | – |" in card
+    assert "added, trained voices" not in card
+    assert len(report.headline(result)) == 4
 
 
 def test_the_card_needs_an_evaluation(tmp_path: Path) -> None:
@@ -106,7 +113,6 @@ def test_a_turn_goes_through_every_stage(
     tmp_path: Path, kit: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kit's random weights say nothing sensible, but they go the whole way."""
-    from recipes import nano as shipped
     from recipes.evaluate import speed
     from stages.lm import Sampling
 
@@ -120,10 +126,82 @@ def test_a_turn_goes_through_every_stage(
     wave = 0.1 * np.sin(np.cumsum(np.linspace(0.05, 0.1, 24_000)) % 3).astype(np.float32)
     turn = nano.listen(wave)
     assert 0 < turn.tokens <= shipped.LONGEST_TEXT
+    assert nano.read("hello").heard == "hello"
+    turn = nano.listen(wave, [Turn("Hello!", "Hi there!")])
     reply = nano.answer(turn)
     assert reply.dtype == np.float32 and reply.ndim == 1
     row = {"tokens": turn.tokens, "seconds": turn.seconds, "reply_seconds": 1, "request_seconds": 2}
     assert speed([row])["lm_tokens_per_second"] > 0
+
+
+GO = {"action": "go", "place": "kitchen"}
+EXAM = Exam(
+    Dialogues(
+        [
+            Example("go", "Go!", (), ("I am going.",), 0, "heldout", added=False, action=GO),
+            Example(
+                "and", "And now?", (), ("Now I stop.",), 0, "heldout", before=(Turn("a", "b"),)
+            ),
+            Example("greet", "Hello.", (), ("Hi there!",), 0, "train"),
+        ],
+        {},
+    )
+)
+
+
+@pytest.mark.parametrize(
+    ("reply", "action", "words", "acted"),
+    [
+        ("I am going.", GO, True, True),
+        ("I am going.", None, True, False),
+        ("Hi there!", GO, False, True),
+    ],
+)
+def test_an_answer_is_right_when_words_and_action_are(
+    reply: str, action: dict[str, str] | None, words: bool, acted: bool
+) -> None:
+    judged = EXAM.judge(EXAM.examples["go"], shipped.Turn("go", reply, action))
+    both = words and acted
+    assert judged == {"right": both, "right_words": words, "right_action": acted}
+
+
+def test_an_action_that_nobody_wanted_is_wrong() -> None:
+    judged = EXAM.judge(EXAM.examples["and now"], shipped.Turn("and now", "Now I stop.", GO))
+    assert judged == {"right": False, "right_words": True, "right_action": None}
+    shares = rights([judged])
+    assert shares["right_text"]["rate"] == 0.0 and shares["right_action"]["n"] == 0
+
+
+def test_first_and_added_requests_are_told_apart(tmp_path: Path) -> None:
+    def row(text: str, voice: str) -> dict[str, str]:
+        said = transcript(text)
+        return {
+            "id": text + voice, "transcript": said, "voice": voice, "split": "heldout",
+            "role": "request",
+        }  # fmt: skip
+
+    rows = [row("Go!", "slt"), row("Go!", "kal16"), row("And now?", "slt"), row("Hello.", "slt")]
+    added = choose_sets(rows, EXAM.added, None, 0)
+    first = choose_sets(rows[:2], EXAM.world.domain, None, 0)
+    groups = choose_groups(first, added, tmp_path)
+    assert {k: [r["id"] for r, _ in some] for k, some in groups.items()} == {
+        "trained": ["Go!slt"], "unseen": ["Go!kal16"],
+        "added_trained": ["And now?slt"], "added_unseen": [],
+    }  # fmt: skip
+
+
+def test_typed_requests_are_read_after_the_turns_before_them() -> None:
+    class Reader:
+        """Right whenever it is told all."""
+
+        def read(self, text: str, before: tuple[Turn, ...]) -> shipped.Turn:
+            example = EXAM.examples[text]
+            known = before == example.before
+            return shipped.Turn(text, example.replies[0] if known else "", example.action)
+
+    result = measure_typed(Reader(), EXAM, 5)  # type: ignore[arg-type]
+    assert result["first"]["right_text"]["rate"] == result["added"]["right_text"]["rate"] == 1.0
+    assert result["first"]["right_action"]["n"] == 1 and result["added"]["right_action"]["n"] == 0
 
 
 def test_an_interrupted_measurement_is_read_to_its_last_whole_line(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from agent.schema import (
 )
 
 __all__ = [
+    "SETTABLE",
     "AudioConfig",
     "ChannelsConfig",
     "Config",
@@ -42,6 +43,7 @@ __all__ = [
     "ThreadsConfig",
     "VadConfig",
     "VocoderConfig",
+    "changed",
     "config_folder",
     "config_names",
     "describe",
@@ -91,6 +93,33 @@ def load_config(name_or_path: str | Path = "nano", overrides: Sequence[str] = ()
         return Config.model_validate(values)
     except ValidationError as error:
         raise UserError(_explain(error.errors(), str(path), origins)) from None
+
+
+SETTABLE = (
+    "sampling.text.temperature", "sampling.text.top_p", "sampling.text.greedy",
+    "sampling.speech.temperature", "sampling.speech.top_p", "sampling.speech.greedy",
+    "reply.mode", "reply.max_seconds", "reply.max_text_tokens",
+    "vocoder.speaker", "vocoder.style",
+)  # fmt: skip
+"""Keys that may change while a conversation goes on."""
+
+
+def changed(config: Config, settings: Mapping[str, Any]) -> Config:
+    """``config`` with other values for keys of :data:`SETTABLE`.
+
+    Raises:
+        UserError: a key that cannot be set, with the nearest that can; or an impossible value.
+    """
+    values = config.model_dump()
+    for key, value in settings.items():
+        if key not in SETTABLE:
+            why = "cannot be set during a conversation" if describe(key) else "is no setting"
+            raise UserError(f"{key!r} {why}" + _nearest(key, SETTABLE))
+        _merge(values, _nested(key, value))
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_explain(error.errors(), "set", {})) from None
 
 
 def keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:

@@ -29,6 +29,7 @@ Without asyncio; the sound arrives in pieces, a typed question is answered as we
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
 from collections import deque
 from collections.abc import (
@@ -38,6 +39,7 @@ from collections.abc import (
     Callable,
     Coroutine,
     Iterator,
+    Mapping,
 )
 from contextlib import aclosing
 from pathlib import Path
@@ -45,7 +47,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from agent.config import Config, load_config
+from agent.config import Config, changed, load_config
 from agent.errors import UserError
 from agent.events import Event, TurnEnded
 from agent.models import Models
@@ -53,6 +55,7 @@ from agent.playback import Playback
 from agent.reply import Memory
 from agent.session import Session
 from stages import SAMPLE_RATE
+from stages.vocoder import VocoderError
 
 T = TypeVar("T")
 Source = AsyncIterable[np.ndarray] | np.ndarray
@@ -215,6 +218,25 @@ class SpeechAgent:
             self._tell(UserError("the conversation is over"))
             if source is self._pushed:
                 self._pushed = AudioPush()
+
+    def set(self, settings: Mapping[str, Any]) -> None:
+        """Change settings, from the next turn on: keys of :data:`agent.config.SETTABLE`.
+
+        Raises:
+            UserError: a key that cannot be set, or a value that cannot be.
+        """
+        config = changed(self._config, settings)
+        models = copy.copy(self.models)
+        models.config = config
+        try:
+            models.vocoder()
+        except VocoderError as error:
+            raise UserError(f"set: {error}") from None
+        self._config = self.models.config = config
+        silent = None if self._silent is None else self._silent.session
+        for session in (self._session, silent):
+            if session is not None:
+                session.configure(config)
 
     @property
     def memory(self) -> Memory:

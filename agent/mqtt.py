@@ -200,6 +200,8 @@ class Service:
         from agent.mqtt_wire import BadMessage, parse
 
         device = self._devices.get(name)
+        if device is not None and not device.may(len(payload)):
+            return
         try:
             item = parse(self._config.mqtt, what, payload)
         except BadMessage as error:

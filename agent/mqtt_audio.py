@@ -12,6 +12,7 @@ import numpy as np
 import soxr
 
 from agent.embedding import AudioPush
+from agent.loudspeaker import DUCKED
 from agent.mqtt_jitter import JitterBuffer
 from agent.mqtt_wire import FIRST, LAST, STOP, Packet
 from stages import SAMPLE_RATE
@@ -112,6 +113,7 @@ class RemotePlayback:
         self._lead = int(lead * SAMPLE_RATE)
         self._sequence = 0
         self._turn = 0
+        self._gain = self._wanted = 1.0
         self._changed = asyncio.Event()
         self._clear(finished=True)
 
@@ -127,6 +129,7 @@ class RemotePlayback:
 
     def begin(self) -> None:
         self.stop()
+        self._gain = self._wanted
         self._clear(finished=False)
 
     def play(self, samples: np.ndarray) -> None:
@@ -144,7 +147,11 @@ class RemotePlayback:
         return heard
 
     def duck(self, on: bool) -> None:
-        self._duck(on)
+        """What is sent from now on is softer; and so should be what the device still holds."""
+        wanted = DUCKED if on else 1.0
+        if wanted != self._wanted:
+            self._wanted = wanted
+            self._duck(on)
 
     @property
     def heard(self) -> int:
@@ -217,6 +224,9 @@ class RemotePlayback:
 
     def _emit(self, samples: np.ndarray, flags: int) -> None:
         self.heard  # noqa: B018  the playhead stands at the end of what was sent until now
+        if len(samples) and (self._gain != 1.0 or self._wanted != 1.0):
+            steps = np.linspace(self._gain, self._wanted, len(samples), dtype=np.float32)
+            samples, self._gain = samples * steps, self._wanted
         packet = Packet(self._sequence, self._sent, samples, SAMPLE_RATE, self._turn, flags)
         self._sequence += 1
         self._sent += len(samples)

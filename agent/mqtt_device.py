@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import aclosing
 from typing import Any, Literal
 
@@ -14,9 +14,10 @@ from agent.config import Config
 from agent.conversation import State
 from agent.embedding import SpeechAgent
 from agent.errors import UserError
-from agent.events import Event, ReplyAudio, Spoken, StateChanged, TurnEnded
+from agent.events import Event, ReplyAudio, Spoken, StateChanged, TurnEnded, TurnStarted
 from agent.models import Models
 from agent.mqtt_audio import RemoteMicrophone, RemotePlayback
+from agent.mqtt_limits import Bucket
 from agent.mqtt_link import Broker, Link, Outgoing, Subscription
 from agent.mqtt_pool import Copies
 from agent.mqtt_snapshot import Snapshot
@@ -28,6 +29,7 @@ from agent.mqtt_wire import (
     Packet,
     Played,
     Say,
+    Set,
     Simple,
     Switch,
     as_json,
@@ -39,6 +41,8 @@ from agent.reply import Memory
 log = logging.getLogger(__name__)
 
 _WAITING = 4  # typed requests
+_LOSSES = ("lost", "late", "dropped", "unsent")  # told of as they happen
+_DRAIN = 0.8  # s for the end of a reply that is broken off
 _RECALL = 3.0  # s for what the broker holds of the device
 _OVERLAP = 2.0  # s in which its messages may come twice after it was taken over
 _AGAIN = 1.0  # s before a conversation that failed begins anew
@@ -87,12 +91,17 @@ class Device:
         self._left = False
         self._off: dict[Literal["mute", "gate"], bool] = {"mute": False, "gate": False}
         self._agent = SpeechAgent(config, models)
-        self._anew, self._talking = asyncio.Event(), asyncio.Event()
+        self._anew, self._talking, self._ended = (asyncio.Event() for _ in range(3))
         self._background: set[asyncio.Future[Any]] = set()
         self._clock = asyncio.get_running_loop().time
-        self._complained = -1.0
+        self._complained = self._hushed = -1.0
         self._used = self._clock()
+        self._messages = Bucket(config.mqtt.max_messages, self._clock)
+        self._bytes = Bucket(config.mqtt.max_bytes, self._clock)
         self.bad = 0  # payloads refused
+        self.limited = 0  # messages refused because there were too many
+        self._settings: dict[str, Any] = {}
+        self._lost: dict[str, int] = {}  # what was told of as dropped
 
     # What its connection brings.
 
@@ -127,6 +136,19 @@ class Device:
             # The last will of a service that served the device before us came late.
             self.link.send(self._state_message(self._state))
 
+    def may(self, size: int) -> bool:
+        """Whether a message of ``size`` bytes is within what a device may send; if not, it is
+        counted, and the device told."""
+        if self._messages.take(1) and self._bytes.take(size):
+            return True
+        self.limited += 1
+        if self._clock() - self._hushed >= 1.0:
+            self._hushed = self._clock()
+            limits = self._config.mqtt
+            most = f"{limits.max_messages:g} messages and {limits.max_bytes:g} bytes a second"
+            self.tell({"type": "rate-limited", "message": f"at most {most}", "count": self.limited})
+        return False
+
     def wants(self, name: str, payload: bytes) -> bool:
         """Whether a message that came through the pool has not come directly."""
         return self._copies is not None and self._copies.new(name, payload, direct=False)
@@ -147,6 +169,8 @@ class Device:
             return
         for name in found.off:
             self.handle(Switch(do=name, on=True))
+        if found.settings:
+            self._set(found.settings)
         self.tell({"type": "resumed", "turn": found.turn, "turns": len(found.turns)})
 
     def _keep(self) -> None:
@@ -154,7 +178,9 @@ class Device:
         memory = self._agent.memory
         turns = [list(turn) for turn in memory.turns]
         off = [name for name, on in self._off.items() if on]
-        found = Snapshot(model=self._model, turn=memory.turn, turns=turns, off=off)
+        found = Snapshot(
+            model=self._model, turn=memory.turn, turns=turns, off=off, settings=self._settings
+        )
         self._publish("snapshot", found.encode(self._config.mqtt.snapshot_bytes), 1, True)
 
     # What the device says.
@@ -170,12 +196,23 @@ class Device:
         elif isinstance(item, Switch):
             self._off[item.do] = item.on
             self._microphone.deaf = any(self._off.values())
+        elif isinstance(item, Set):
+            self._set(item.settings)
         elif isinstance(item, Simple) and item.do == "reset":
             self._reset()
         elif isinstance(item, Simple):
             self._later(self._agent.interrupt())
         else:
             self._ask(item)
+
+    def _set(self, settings: Mapping[str, Any]) -> None:
+        try:
+            self._agent.set(settings)
+        except UserError as error:
+            self.refuse("command", str(error))
+        else:
+            self._settings.update(settings)
+            self.tell({"type": "set", "settings": self._settings})
 
     def refuse(self, what: str, why: str) -> None:
         """Count something that cannot be understood, and tell the device: at most once a second,
@@ -238,6 +275,8 @@ class Device:
         message = describe(event)
         if message is not None:
             self.tell(message)
+        if isinstance(event, TurnStarted):
+            self._ended.clear()
         if isinstance(event, StateChanged):
             self._talking.set()
             self._now(_STATES.get(event.state, event.state))
@@ -249,15 +288,30 @@ class Device:
         elif isinstance(event, TurnEnded):
             self._metrics(event)
             self._keep()
+            self._ended.set()
 
     def _metrics(self, event: TurnEnded) -> None:
-        network = self._microphone.jitter.counters.as_dict()
-        network |= {
+        document = {**event.trace.as_dict(), "network": self._network()}
+        self._publish("metrics", as_json(document), 1)
+
+    def _network(self) -> dict[str, int]:
+        return {
+            **self._microphone.jitter.counters.as_dict(),
             "dropped": self._microphone.dropped,
             "unsent": self.link.dropped,
             "refused": self.bad,
+            "limited": self.limited,
         }
-        self._publish("metrics", as_json({**event.trace.as_dict(), "network": network}), 1)
+
+    async def _watch_losses(self) -> None:
+        """Tell what was lost or dropped since the last time, once a second at most."""
+        while True:
+            await asyncio.sleep(1.0)
+            now = {name: self._network()[name] for name in _LOSSES}
+            new = {name: n - self._lost.get(name, 0) for name, n in now.items()}
+            self._lost = now
+            if any(new.values()):
+                self.tell({"type": "dropped", **new})
 
     # Its life.
 
@@ -267,7 +321,9 @@ class Device:
         Raises:
             UserError: the broker refuses this connection.
         """
-        work = (self.link.run, self._playback.run, self._converse, self._type)
+        work = (
+            self.link.run, self._playback.run, self._converse, self._type, self._watch_losses
+        )  # fmt: skip
         tasks = [asyncio.create_task(each()) for each in work]
         idle = asyncio.create_task(self._until_idle())
         try:
@@ -283,7 +339,12 @@ class Device:
             await self._agent.__aexit__()
 
     async def leave(self, state: str, seconds: float = 1.0) -> None:
-        """Say that nobody is here any more, and wait until it has been said."""
+        """End the turn in progress, say that nobody is here any more, and wait until all of it has
+        been said."""
+        if self._state in _BUSY:
+            await self._agent.interrupt(state)
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._ended.wait(), _DRAIN)
         self._playback.stop()
         self._now(state)
         self._left = True

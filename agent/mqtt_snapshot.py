@@ -12,10 +12,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from agent.mqtt_wire import BadMessage, Message, as_json, explain
+from agent.mqtt_wire import BadMessage, Message, Scalar, as_json, explain
 
 _Token = Annotated[int, Field(ge=0, lt=2**20)]
-_Scalar = bool | int | float | str | None
 
 
 class Snapshot(Message):
@@ -36,7 +35,7 @@ class Snapshot(Message):
         max_length=4096
     )
     off: list[Literal["mute", "gate"]] = Field(default=[], max_length=2)
-    settings: dict[Annotated[str, Field(max_length=64)], _Scalar] = Field(default={}, max_length=32)
+    settings: dict[Annotated[str, Field(max_length=64)], Scalar] = Field(default={}, max_length=32)
 
     def encode(self, most: int) -> bytes:
         """The payload, of at most ``most`` bytes: the oldest turns are left out."""

@@ -117,7 +117,19 @@ class Say(Message):
     text: str
 
 
-Command = Simple | Switch | Say
+Scalar = bool | int | float | Annotated[str, Field(max_length=128)] | None
+
+
+class Set(Message):
+    """Change settings of the session, by the keys of the configuration."""
+
+    do: Literal["set"]
+    settings: dict[Annotated[str, Field(max_length=64)], Scalar] = Field(
+        min_length=1, max_length=32
+    )
+
+
+Command = Simple | Switch | Say | Set
 _COMMAND: TypeAdapter[Command] = TypeAdapter(Annotated[Command, Field(discriminator="do")])
 
 
@@ -128,7 +140,7 @@ class Ask:
     text: str
 
 
-Item = Packet | Played | Simple | Switch | Say | Ask
+Item = Packet | Played | Simple | Switch | Say | Set | Ask
 
 
 def topic(config: MqttConfig, device: str, name: str) -> str:

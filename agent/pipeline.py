@@ -60,7 +60,8 @@ class Pipeline:
         working: Callable[[float], None],
     ) -> None:
         """``working`` is told the time whenever the language model has done something."""
-        self._config = config
+        self._config = self._wanted = self._spoken = config
+        self._models = models
         self._clock = clock
         self._working = working
         self._encoder = models.encoder()
@@ -83,6 +84,10 @@ class Pipeline:
     def tasks(self) -> dict[str, Coroutine[Any, Any, None]]:
         """The work of the stages, by name."""
         return {"encode": self._encode(), "think": self._think(), "speak": self._speak()}
+
+    def configure(self, config: Config) -> None:
+        """Other settings, from the next turn on; ``models.config`` has them already."""
+        self._wanted = config
 
     def tokens(self, request: str) -> int:
         """How many tokens a typed request takes."""
@@ -130,6 +135,10 @@ class Pipeline:
         if self.memory:
             await worker.run(dialogue.restore, self.memory)
         async for order in self._requests:
+            if isinstance(order, Opened | Written) and self._config is not self._wanted:
+                self._config = config = self._wanted
+                text, speech = config.sampling.text, config.sampling.speech
+                dialogue.configure(config.reply, text.sampling(), speech.sampling())
             if isinstance(order, Opened):
                 await worker.run(dialogue.begin)
             elif isinstance(order, Written):
@@ -197,6 +206,8 @@ class Pipeline:
             attempt, before = said.attempt, worker.busy
             if attempt is not current:
                 current = attempt
+                if self._spoken is not self._config:
+                    self._spoken, self._vocoder = self._config, self._models.vocoder()
                 self._vocoder.reset()
             try:
                 for chunk in await worker.run(self._vocode, said):

@@ -267,6 +267,13 @@ class Dialogue:
             self._lm.rewind(self._starts.pop())
         self._turn = None
 
+    def configure(
+        self, config: ReplyConfig, text_sampling: Sampling, speech_sampling: Sampling
+    ) -> None:
+        """Go on with other settings. The tags of the turns must stay as they are."""
+        self._config = config
+        self._text_sampling, self._speech_sampling = text_sampling, speech_sampling
+
     @property
     def memory(self) -> list[list[int]]:
         """The tokens of each turn that is remembered; without the open one."""

@@ -377,6 +377,16 @@ class MqttConfig(Section):
     max_packet_bytes: int = Field(
         default=16_384, ge=64, le=1_048_576, description="longer payloads are refused, bytes"
     )
+    max_messages: float = Field(
+        default=250.0,
+        gt=0,
+        description="of one device; more are refused, per second (twice as many at once)",
+    )
+    max_bytes: float = Field(
+        default=262_144.0,
+        gt=0,
+        description="of one device; more are refused, bytes per second (twice as many at once)",
+    )
     max_text: int = Field(
         default=400, ge=1, le=4000, description="longer typed requests are refused, characters"
     )

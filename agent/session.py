@@ -110,6 +110,11 @@ class Session:
         """What the conversation is doing."""
         return self._taking.state
 
+    def configure(self, config: Config) -> None:
+        """Other settings of replies, from the next turn on (:func:`agent.config.changed`)."""
+        self._config = config
+        self._pipeline.configure(config)
+
     @property
     def memory(self) -> Memory:
         """What is remembered; exact whenever a :class:`TurnEnded` is told."""

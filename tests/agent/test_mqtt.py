@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import asyncapi
 import numpy as np
 import paho.mqtt.client as paho
 import pytest
@@ -145,6 +146,7 @@ class Robot:
                 self.flags.append(flags)
                 said: Any = {"turn": turn, "samples": len(pcm)}
             elif name in ("state", "event", "metrics", "text/out"):
+                asyncapi.check(name, payload)
                 said = json.loads(payload)
                 self.log.append((name, said))
             else:
@@ -272,6 +274,34 @@ def test_a_muted_device_is_not_heard(robots: Callable[[str], Robot], question: n
     assert not robot.events("turn-started")
 
 
+def test_settings_change_for_one_session_and_wrong_ones_are_named(
+    robots: Callable[[str], Robot],
+) -> None:
+    robot = robots("set")
+    robot.tell("command", {"do": "set", "settings": {"reply.max_second": 1}})
+    assert "did you mean 'reply.max_seconds'" in robot.event("error")["message"]
+    robot.tell("command", {"do": "set", "settings": {"reply.max_seconds": 0.5}})
+    assert robot.event("set")["settings"] == {"reply.max_seconds": 0.5}
+    robot.publish("text/in", "what is two plus three")
+    assert robot.event("turn-ended")["how"] == "long enough"
+    assert len(robot.reply(1)) <= 8000
+
+
+def test_a_device_that_says_too_much_is_told_so_and_loses_nothing_else(
+    robots: Callable[[str], Robot],
+) -> None:
+    robot = robots("chatty")
+    for _ in range(1200):
+        robot.send(np.zeros(1, np.float32))
+    assert "250 messages" in robot.event("rate-limited")["message"]
+    robot.publish("text/in", "what is two plus three")
+    while not robot.words(1):  # what was said while it was told to be quiet is lost
+        robot.publish("text/in", "what is two plus three")
+        robot.until(lambda name, said: name == "text/out" or "type" in said)
+    robot.event("turn-ended")
+    assert robot.until(lambda name, said: name == "metrics")["network"]["limited"] > 0
+
+
 def test_two_devices_converse_apart_and_a_third_is_told_that_all_are_busy(
     robots: Callable[[str], Robot], question: np.ndarray
 ) -> None:
@@ -329,16 +359,38 @@ def test_a_broker_that_dies_and_returns_ends_no_conversation(
     assert "twelve months" in robot.words(1)
 
 
-def test_sigterm_says_offline(broker: Mosquitto, serving: Callable[..., Service]) -> None:
+def test_sigterm_ends_a_reply_and_says_offline(
+    broker: Mosquitto, serving: Callable[..., Service]
+) -> None:
     ours = serving(broker, "mqtt.base=fleet")
     robot = Robot(broker, "last")
     robot.subscribe("fleet/last/#")
     robot.publish_at("fleet/last/text/in", "what is two plus three")
-    robot.state("answering")
+    robot.until(lambda name, said: name == "audio/out")
     assert ours.end() == 0
+    assert robot.event("interrupted")["reason"] == "offline"
+    assert robot.event("turn-ended") == {"type": "turn-ended", "turn": 1, "how": "offline"}
     robot.state("offline")
+    assert robot.flags[-1] & 4
     robot.leave()
     assert ours.lines[-1] == "offline\n"
+
+
+def test_a_request_given_while_the_service_is_away_is_answered_by_the_next_which_remembers(
+    broker: Mosquitto, serving: Callable[..., Service]
+) -> None:
+    first = serving(broker, "mqtt.base=later")
+    robot = Robot(broker, "patient-2")
+    robot.subscribe("later/patient-2/#")
+    robot.publish_at("later/patient-2/text/in", "what is two plus three")
+    robot.event("turn-ended")
+    assert first.end() == 0
+    robot.publish_at("later/patient-2/text/in", "what is two plus three")
+    serving(broker, "mqtt.base=later")
+    assert robot.event("resumed") == {"type": "resumed", "turn": 1, "turns": 1}
+    assert robot.event("turn-ended")["turn"] == 2
+    assert "five" in robot.words(2)
+    robot.leave()
 
 
 def test_a_service_that_is_killed_is_announced_by_the_broker(
@@ -463,7 +515,12 @@ def test_every_topic_of_the_code_is_in_the_documents() -> None:
     described = yaml.safe_load((REPOSITORY / "docs" / "asyncapi.yaml").read_text(encoding="utf-8"))
     assert described["asyncapi"].startswith("3.")
     addresses = {channel["address"]: key for key, channel in described["channels"].items()}
-    assert set(addresses) == {f"spirit/{{device}}/{name}" for name in FROM_DEVICE + TO_DEVICE}
+    among_services = {
+        f"spirit/{name}" for name in ("{device}/snapshot", "{device}/owner", "agents/{agent}")
+    }
+    assert set(addresses) == among_services | {
+        f"spirit/{{device}}/{name}" for name in FROM_DEVICE + TO_DEVICE
+    }
     actions = {
         op["channel"]["$ref"].removeprefix("#/channels/"): op["action"]
         for op in described["operations"].values()

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from agent.mqtt_audio import RemotePlayback
 from agent.mqtt_jitter import JitterBuffer
+from agent.mqtt_limits import Bucket
 from agent.mqtt_wire import (
     FIRST,
     FROM_DEVICE,
@@ -22,6 +23,7 @@ from agent.mqtt_wire import (
     Packet,
     Played,
     Say,
+    Set,
     Simple,
     Switch,
     parse,
@@ -61,6 +63,9 @@ def test_commands_are_read() -> None:
     assert parse(CONFIG, "command", b'{"do":"reset"}') == Simple(do="reset")
     assert parse(CONFIG, "command", b'{"do":"gate","on":true}') == Switch(do="gate", on=True)
     assert parse(CONFIG, "command", b'{"do":"say","text":"hello"}') == Say(do="say", text="hello")
+    set_ = b'{"do":"set","settings":{"vocoder.speaker":1,"reply.mode":"any"}}'
+    settings = {"vocoder.speaker": 1, "reply.mode": "any"}
+    assert parse(CONFIG, "command", set_) == Set(do="set", settings=settings)
     assert parse(CONFIG, "played", b'{"turn":2,"samples":640}') == Played(turn=2, samples=640)
     assert parse(CONFIG, "text/in", "à quelle heure ?".encode()) == Ask("à quelle heure ?")
 
@@ -80,6 +85,8 @@ def test_commands_are_read() -> None:
         ("command", b'{"do":"explode"}', "do"),
         ("command", b'{"do":"mute","on":1}', "valid boolean"),
         ("command", b"[" * 16_000, ""),
+        ("command", b'{"do":"set","settings":{}}', "settings"),
+        ("command", b'{"do":"set","settings":{"a":[1]}}', "settings"),
         ("played", b'{"turn":1,"samples":-5}', "samples"),
         ("played", b'{"turn":1}', "samples"),
     ],
@@ -271,3 +278,36 @@ def test_a_device_that_falls_silent_about_its_playhead_does_not_stop_the_clock()
     wire.now += 2.5
     assert playback.heard > 0
     assert playback.done or playback.heard < 3200
+
+
+def test_a_ducked_reply_is_sent_softer_and_comes_back_without_a_jump() -> None:
+    wire = Wire()
+    asked: list[bool] = []
+    playback = RemotePlayback(wire.packets.append, asked.append, 10.0, lambda: wire.now)
+    playback.begin()
+    playback.play(np.ones(6400, np.float32))
+    playback.feed(1, np.ones(6400, np.float32))
+    for ducked in (False, True, True, False):
+        playback.duck(ducked)
+        playback._next()
+    loud, falling, soft, rising = (packet.samples for packet in wire.packets)
+    assert np.all(loud == 1)
+    assert falling[0] == 1
+    assert np.allclose(soft, falling[-1])
+    assert 0.1 < soft[0] < 0.5
+    assert rising[0] == soft[-1]
+    assert rising[-1] == 1
+    assert asked == [True, False]
+
+
+@given(st.floats(1, 1000), st.lists(st.tuples(st.floats(0, 3), st.floats(0, 50)), max_size=50))
+def test_no_more_passes_than_the_rate_and_twice_as_much_at_once(
+    rate: float, wanted: list[tuple[float, float]]
+) -> None:
+    now = [0.0]
+    bucket = Bucket(rate, lambda: now[0])
+    passed = 0.0
+    for pause, amount in wanted:
+        now[0] += pause
+        passed += amount if bucket.take(amount) else 0.0
+        assert passed <= 2 * rate + now[0] * rate + 1e-6

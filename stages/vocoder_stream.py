@@ -71,8 +71,9 @@ class StreamingVocoder:
         first_chunk_frames: frames in the first chunk (40 ms each).
         max_chunk_frames: chunks double up to this.
         lookahead_frames: frames after a chunk that must be known before it is generated; None for
-            as many as make it exact (nano 7). With nano, 10 held-out sentences, fewer change the
-            wave by (relative RMS) 0.3 % at 4, 2 % at 3, 4 % at 2, 9 % at 1, 13 % at 0.
+            as many as make it exact (nano 7). Fewer gain nano little: by ``python -m
+            bench.lookahead``, the error is -41 dB at 4 and the first sound 4 ms sooner, -25 dB and 6
+            ms at 2, -14 dB and 6 ms at 0. No difference in word errors was found from 1 on.
         fallback_style: style when none came before the end; drawn at random otherwise.
 
     Raises:

@@ -8,6 +8,7 @@ is imported when it is needed, so that ``--help`` is instant.
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import sys
 from enum import Enum
@@ -222,6 +223,16 @@ def info(
     out.add_row("configurations", "\n".join(states))
     out.add_row("missing", "\n".join(found.missing) or "nothing")
     Console(highlight=False, markup=False).print(out, soft_wrap=not sys.stdout.isatty())
+
+
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def bench(context: typer.Context) -> None:
+    """Measure how soon it answers, or another agent, or compare two results (bench --help)."""
+    # By name: nothing here depends on the benchmarks, and only who wants them loads them.
+    importlib.import_module("bench.cli").app(context.args, prog_name="python -m agent bench")
 
 
 def _print_keys(settings: Config, name: str, as_json: bool) -> None:

@@ -162,13 +162,16 @@ def _measure(
         models = Models.load(settings, exporting)
         flow = _flow(settings) if plan["baseline"] else None
     other: list[Row] = []
-    most = plan["baseline_turns"] or plan["turns"]
+    share = min(1.0, (plan["baseline_turns"] or plan["turns"]) / plan["turns"])
     order = list(requests_of(plan, recordings))
+    alone = iter([request for request, over in order if not over])
+    asked: list[Request | None] = []
 
     async def between() -> None:
-        if flow is not None and len(other) < most:
-            number = len(other) + 1
-            other.append(await asyncio.to_thread(flow.answer, order[number - 1][0], number))
+        request = next(alone, None)  # the one that the agent is asked next
+        asked.append(request)
+        if flow is not None and request is not None and share * len(asked) > len(other):
+            other.append(await asyncio.to_thread(flow.answer, request, len(other) + 1))
 
     planned = iter(order) if not plan["minutes"] else _until(order, plan["minutes"])
     with progress_bar(plan, plain) as advance:

@@ -184,8 +184,8 @@ def wider(seed: int = 0) -> dialogues.Dialogues:
 def plan_wider(world: dialogues.Dialogues, seed: int = 0) -> list[Job]:
     """All replies that the first domain does not have; requests of every intent of ``world``.
 
-    What is drawn for a text depends on the text alone, as does the name of its recording: what
-    stays in a domain that grows is not made again.
+    Voice and speed depend on the text alone, as does the name of the recording: what stays in a
+    domain that grows is not made again.
     """
     known = domain.build(seed).styles
     replies = {r: e for e in reversed(world.examples) for r in e.replies if r not in known}

@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,13 @@ import soundfile
 
 from recipes import corpus, voices
 from recipes.align import CMU, align, flite_segments, match_words, shift
+from recipes.dialogues import Dialogues
 from recipes.voices import FAST, LIVELY, MONOTONE, NEUTRAL, WHISPERED
 
 HIBARI = pytest.mark.skipif(
     importlib.util.find_spec("hibari") is None, reason="hibari-tts is not installed: extra [train]"
 )
+SPLITS = ("train", "heldout")
 FLITE = pytest.mark.skipif(shutil.which("flite") is None, reason="flite is not installed (Debian)")
 
 
@@ -94,7 +97,8 @@ def test_the_plan_is_reproducible_and_complete() -> None:
     assert {j.voice for j in plan if j.split == "train"} == set(voices.TRAINED)
     replies = {j.text for j in plan if j.role == "reply"}
     world = corpus.domain.build(0)
-    assert replies == set(world.replies)
+    wider = {reply for e in corpus.wider(0).examples for reply in e.replies}
+    assert replies == set(world.replies) | wider
     assert all(j.voice == "heart" for j in plan if j.role == "reply")
     asked = {j.text for j in corpus.plan_first(0) if j.role == "request"}
     assert asked == {r.text for r in world.requests}
@@ -109,6 +113,52 @@ def test_the_second_part_is_new_training_speech_and_nothing_that_is_held_out() -
     assert not said & heldout
     requests = {corpus.domain.transcript(j.text) for j in more if j.role == "request"}
     assert not requests & {r.transcript for r in world.requests}
+
+
+def wider_jobs() -> list[corpus.Job]:
+    return corpus.plan_wider(corpus.wider(0), 0)
+
+
+def test_the_third_part_has_requests_of_every_intent_that_was_not_recorded() -> None:
+    asked = {s: [j for j in wider_jobs() if (j.role, j.split) == ("request", s)] for s in SPLITS}
+    train = Counter(j.intent for j in asked["train"])
+    intents = {e.intent for e in corpus.wider(0).split("train")}
+    assert sum(train.values()) == corpus.WIDER_TRAIN and set(train) == intents
+    heldout = {j.text for j in asked["heldout"]}
+    assert len(heldout) == corpus.WIDER_HELDOUT
+    also_unseen = sum(j.voice == "kal16" for j in asked["heldout"])
+    assert 0.25 < also_unseen / corpus.WIDER_HELDOUT < 0.45
+    said = {corpus.domain.transcript(j.text) for j in asked["train"]}
+    assert not said & {corpus.domain.transcript(text) for text in heldout}
+
+
+def test_what_was_recorded_stays_when_the_domain_grows() -> None:
+    world = corpus.wider(0)
+    half = world.examples[::2]
+    smaller = corpus.plan_wider(Dialogues(half, world.topics), 0)
+    whole = {job.id: job for job in wider_jobs()}
+
+    def recording(made: corpus.Job) -> tuple[str, str, float, bool]:
+        return made.text, made.voice, made.speed, made.noisy
+
+    same = [j for j in smaller if j.id in whole]
+    assert [recording(j) for j in same] == [recording(whole[j.id]) for j in same]
+    replies = [job for job in smaller if job.role == "reply"]
+    assert all(job.id in whole for job in replies)
+
+
+def test_requests_recorded_before_are_answered_as_the_wider_domain_does() -> None:
+    asked = {"Turn left.", "Please turn left."} | {j.text for j in corpus.plan_first(0)[:2000]}
+    rows = list(corpus.dialogs(asked, 0))
+    assert {row["request_text"] for row in rows} <= asked
+    assert all(row["action"] for row in rows if row["intent"] == "turn" and not row["before"])
+    assert any(row["before"] for row in rows)
+    json.dumps(rows)
+    splits: dict[tuple[str, str], set[str]] = {}
+    for row in rows:
+        key = row["request_text"], json.dumps(row["before"])
+        splits.setdefault(key, set()).add(row["split"])
+    assert all(len(found) == 1 for found in splits.values())
 
 
 def test_unseen_voices_are_heldout_only() -> None:

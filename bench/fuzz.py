@@ -34,6 +34,13 @@ from tests.mosquitto import Mosquitto
 NAMES = ("bad-1", "bad-2", "bad-3", "x" * 64, "..", "")
 ODD = ("audio", "audio/in/", "state", "command/+", "\u0000")
 EDGES = (0, 1, -1, 2**15, 2**16 - 1, 2**31 - 1, -(2**31), 2**32 - 1, 2**63, 10**400)
+# The limits on what a device sends would keep nearly all of it from being read.
+SETTINGS = (
+    "mqtt.max_sessions=4",
+    "mqtt.idle_seconds=600",
+    "mqtt.max_messages=1e9",
+    "mqtt.max_bytes=1e12",
+)
 BATCH = 100  # payloads between two looks at everything else
 
 
@@ -129,14 +136,19 @@ async def fuzz(
     Raises:
         whatever the service does not stand.
     """
-    config = load_config("nano", ("mqtt.max_sessions=4", "mqtt.idle_seconds=600"))
+    config = load_config("nano", SETTINGS)
     service = Service(Broker("127.0.0.1", port), played(config, 10), config)
     running = asyncio.create_task(service.run())
-    await service.connected()
+    ready = asyncio.create_task(service.connected())
+    await asyncio.wait({running, ready}, return_when=asyncio.FIRST_COMPLETED)
+    if running.done():
+        running.result()
     good = Device("good", port)
     talking = asyncio.create_task(good.run())
     while not good.tally.counts["turns"]:
         await asyncio.sleep(0.1)
+        if running.done():
+            running.result()
     chance, began, first = random.Random(seed), time.monotonic(), 0.0
     try:
         for done in range(0, payloads, BATCH):

@@ -177,7 +177,7 @@ class Service:
             if self._pool is not None:
                 self._link.send(self._pool.will)  # the others take our devices now
                 with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._link.sent(), 0.5)
+                    await asyncio.wait_for(self._link.sent(), 0.3)
             tasks = [link, *self._tasks.values()]
             for task in tasks:
                 task.cancel()

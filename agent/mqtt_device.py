@@ -338,7 +338,7 @@ class Device:
             await asyncio.gather(*tasks, idle, *self._background, return_exceptions=True)
             await self._agent.__aexit__()
 
-    async def leave(self, state: str, seconds: float = 1.0) -> None:
+    async def leave(self, state: str, seconds: float = 0.6) -> None:
         """End the turn in progress, say that nobody is here any more, and wait until all of it has
         been said."""
         if self._state in _BUSY:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import textwrap
 from pathlib import Path
@@ -17,6 +18,7 @@ from agent.embedding import AudioPush, BlockingAgent, SpeechAgent
 from agent.errors import UserError
 from agent.events import Event, Heard, ReplyAudio, ReplyText, TurnEnded, TurnStarted
 from agent.models import Models
+from agent.reply import Memory
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 QUESTION = REPOSITORY / "examples" / "question.wav"
@@ -147,3 +149,46 @@ def test_a_push_of_something_else_than_sound_is_refused() -> None:
     source.close()
     with pytest.raises(ValueError, match="closed"):
         source.push(np.zeros(3, np.float32))
+
+
+def test_a_conversation_goes_on_from_its_memory_token_by_token(models: Models) -> None:
+    one, other = models.beside(), models.beside()
+    first, second = one.dialogue(), other.dialogue()
+    for request in ("what is two plus three", "who are you"):
+        first.read(request)
+        for _ in first.reply():
+            pass
+        first.end()
+    Memory(2, first.memory).check(models.tokenizer)
+    second.restore(first.memory)
+    assert other.lm.ids == one.lm.ids
+    assert second.memory == first.memory
+    second.restore(100 * first.memory)  # more than there is room for: the latest
+    assert other.lm.length <= models.config.reply.context_tokens
+    assert second.memory[-1] == first.memory[-1]
+
+
+@pytest.mark.parametrize("token", [-1, 0, 1, 10**6])
+def test_a_memory_with_tokens_that_cannot_stand_there_is_refused(
+    models: Models, token: int
+) -> None:
+    with pytest.raises(ValueError, match="cannot stand"):
+        Memory(1, [[token, models.tokenizer.eos]]).check(models.tokenizer)
+
+
+def test_settings_hold_from_the_next_turn_and_wrong_ones_change_nothing(models: Models) -> None:
+    async def converse() -> list[int]:
+        async with SpeechAgent(models.config, models) as agent:
+            lengths = []
+            for settings in ({}, {"reply.max_seconds": 0.5}, {"vocoder.speaker": 99}):
+                with contextlib.suppress(UserError):
+                    agent.set(settings)
+                lengths.append(len(sound([e async for e in agent.ask("what is two plus three")])))
+            with pytest.raises(UserError, match=r"did you mean 'reply\.max_seconds'"):
+                agent.set({"reply.max_second": 1})
+            with pytest.raises(UserError, match="cannot be set during a conversation"):
+                agent.set({"mqtt.base": "x"})
+        return lengths
+
+    whole, short, still_short = asyncio.run(converse())
+    assert whole > 8000 == short == still_short

@@ -60,7 +60,8 @@ def talk(
     Headphones are best: then nothing of its voice reaches the microphone. With a loudspeaker,
     install the echo canceller (pip install 'spiritlm-agent\\[aec]') or use --half-duplex.
 
-    Examples: talk · talk --save talks · talk --input USB --set vad.hangover_ms=400
+    Examples: talk · talk --save talks · talk --input USB --set vad.hangover_ms=400 ·
+    arecord -f S16_LE -r 16000 -t raw | talk --stdio | aplay -f S16_LE -r 16000 -t raw
     """
     more = [f"sound.input={microphone}"] if microphone is not None else []
     more += [f"sound.output={loudspeaker}"] if loudspeaker is not None else []

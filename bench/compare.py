@@ -30,6 +30,7 @@ _DRAWS = 1000
 _DOUBT = 0.01  # chance, about, of marking a difference that is none
 _LEAST_SHARE, _LEAST_MS = 0.05, 1.0  # what is smaller than both of these matters to nobody
 _FEWEST = 5  # turns below which nothing is said of noise
+_LONGEST = 60  # characters of a value that is shown
 _MEMORY = 1.1, 20.0  # times as much and MB more
 
 
@@ -158,11 +159,16 @@ def doubts(before: Document, after: Document) -> list[str]:
     for name, one in before["plan"].items():
         other = after["plan"].get(name)
         if one != other:
-            found.append(f"plan, {name}: {one} before, {other} after")
+            found.append(f"plan, {name}: {_short(one)} before, {_short(other)} after")
     loads = [_load(document) for document in (before, after)]
     if max(loads) > 1.0 + 2 * min(loads):
         found.append(f"load average: {loads[0]:.1f} before, {loads[1]:.1f} after")
     return found
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def _load(document: Document) -> float:

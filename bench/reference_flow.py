@@ -60,6 +60,7 @@ class ReferenceFlow:
                 "text-then-speech; measure without --baseline"
             )
         logging.set_verbosity_error()
+        logging.disable_progress_bar()
         layout = config.model.layout()
         device = torch_device(config.model.device)
         self._config = config

@@ -5,25 +5,25 @@ With asyncio, speech in and events out::
     import asyncio, soundfile
     from agent.embedding import SpeechAgent
 
+
     async def main():
         question, _ = soundfile.read("examples/question.wav", dtype="float32")
-        async with SpeechAgent.from_config("nano", "reply.max_seconds=5") as agent:
+        async with SpeechAgent.from_config("nano") as agent:
             async for event in agent.converse(question):  # or any float32 chunks at 16 kHz
                 print(type(event).__name__, getattr(event, "text", ""))
 
+
     asyncio.run(main())
 
-Without asyncio; the sound arrives in pieces, a typed question is answered as well::
+Without asyncio, with a request that is typed::
 
     from agent.embedding import SpeechAgent
-    from agent.events import ReplyAudio, ReplyText
+    from agent.events import ReplyText
 
     with SpeechAgent.blocking("nano") as agent:
         for event in agent.ask("what is two plus three"):
             if isinstance(event, ReplyText):
                 print(event.text, end="")
-            elif isinstance(event, ReplyAudio):
-                print(f" [{len(event.samples)} samples]", end="")
 """
 
 from __future__ import annotations

@@ -291,7 +291,10 @@ def mqtt_client(
         typer.Option("--output", "-o", metavar="NAME|NUMBER|FILE", help="Loudspeaker, or a file."),
     ] = None,
     half_duplex: Annotated[
-        bool, typer.Option(help="Send nothing while a reply plays: for loudspeakers without [aec].")
+        bool,
+        typer.Option(
+            help="Send nothing while a reply plays: for loudspeakers without echo cancelling."
+        ),
     ] = False,
     overrides: Overrides = None,
     plain: Plain = False,

@@ -272,6 +272,8 @@ class Device:
             self.link.send(self._state_message(state))
 
     def _tell(self, event: Event) -> None:
+        if isinstance(event, TurnEnded):
+            self._keep()  # first: who is told that a turn has ended may rely on its memory
         message = describe(event)
         if message is not None:
             self.tell(message)
@@ -287,7 +289,6 @@ class Device:
             self._publish("text/out", as_json(text), 1)
         elif isinstance(event, TurnEnded):
             self._metrics(event)
-            self._keep()
             self._ended.set()
 
     def _metrics(self, event: TurnEnded) -> None:

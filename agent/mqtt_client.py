@@ -292,9 +292,7 @@ def mqtt_client(
     ] = None,
     half_duplex: Annotated[
         bool,
-        typer.Option(
-            help="Send nothing while a reply plays: for loudspeakers without echo cancelling."
-        ),
+        typer.Option(help="Send nothing while a reply plays (where its echo is not cancelled)."),
     ] = False,
     overrides: Overrides = None,
     plain: Plain = False,

@@ -28,7 +28,7 @@ from agent.mqtt_link import Broker
 from agent.mqtt_wire import FROM_DEVICE
 from bench.played import played
 from bench.report import RESULTS, about, save
-from bench.soak import ROOM, Device, rss
+from bench.soak import ROOM, Device, rss, stop
 from tests.mosquitto import Mosquitto
 
 NAMES = ("bad-1", "bad-2", "bad-3", "x" * 64, "..", "")
@@ -167,9 +167,7 @@ async def fuzz(
             await asyncio.sleep(0.1)
     finally:
         served = len(service._devices)
-        for task in (talking, running):
-            task.cancel()
-        await asyncio.gather(talking, running, return_exceptions=True)
+        await stop(talking, running)
     counts = good.tally.counts
     return Outcome(
         payloads, service.refused, service.unknown, counts["turns"], counts["error"],

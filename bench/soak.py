@@ -247,9 +247,7 @@ class Soak:
         done, _ = await asyncio.wait(
             tasks, timeout=self._seconds, return_when=asyncio.FIRST_COMPLETED
         )
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await stop(*tasks)
         self.failures += [repr(task.exception()) for task in done]
 
     async def _every(self, seconds: float, work: Callable[[], Awaitable[None]]) -> None:
@@ -365,6 +363,15 @@ def _json(message: aiomqtt.Message) -> dict[str, Any]:
     assert isinstance(message.payload, bytes)
     said: dict[str, Any] = json.loads(message.payload)
     return said
+
+
+async def stop(*tasks: asyncio.Future[Any]) -> None:
+    """Cancel tasks until they end: aiomqtt may answer a cancellation with an error of its own, and
+    to whoever reconnects that looks like a lost connection."""
+    while pending := {task for task in tasks if not task.done()}:
+        for task in pending:
+            task.cancel()
+        await asyncio.wait(pending, timeout=1.0)
 
 
 def rss(pid: int) -> float:

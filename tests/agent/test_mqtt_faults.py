@@ -23,7 +23,7 @@ from faults import Proxy
 from mosquitto import Mosquitto, running
 
 from agent.recorder import Recorder
-from bench.soak import Device, raw_connect, raw_publish, raw_subscribe, rss
+from bench.soak import Device, raw_connect, raw_publish, raw_subscribe, rss, stop
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PATIENCE = 60.0  # seconds after which a test gives up; nothing here is judged by time
@@ -68,8 +68,7 @@ async def robot(name: str, port: int, skew: float = 1.0) -> AsyncIterator[Device
     try:
         yield device
     finally:
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
+        await stop(running)
 
 
 async def turns(device: Device, more: int) -> None:

@@ -399,9 +399,12 @@ async def _both(agent: RemoteAgent, talking: Any) -> None:
         for task in done:
             task.result()
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        # Again and again: aiomqtt may answer a cancellation with an error of its own, after which
+        # the link would connect anew.
+        while pending := {task for task in tasks if not task.done()}:
+            for task in pending:
+                task.cancel()
+            await asyncio.wait(pending, timeout=1.0)
 
 
 async def _stream(agent: RemoteAgent, sound: AsyncIterator[np.ndarray]) -> None:

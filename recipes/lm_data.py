@@ -265,10 +265,10 @@ class Streams:
         """One turn of a dialogue; ``spoken``: the request, ``aloud``: the reply."""
         said = domain.transcript(turn.request)
         answer = Answer(turn.reply, turn.style, action_text(turn.action))
-        recordings = self._recorded.get(said)
-        if not spoken or not (recordings or self._words.knows(said)):
+        recordings, known = self._recorded.get(said), self._words.knows(said)
+        if not spoken or not (recordings or known):
             return self._written_turn(said, answer)
-        if recordings and rng.random() < RECORDED_TURNS:
+        if recordings and (not known or rng.random() < RECORDED_TURNS):
             heard = self._heard(rng, _pick(rng, recordings))
         else:
             heard = self._composed_speech(rng, said)

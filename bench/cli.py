@@ -248,7 +248,7 @@ def progress_bar(plan: dict[str, Any], plain: bool) -> Iterator[Advance]:
     minutes, began = plan["minutes"], time.perf_counter()
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     if plain:
-        yield lambda turn: None
+        yield _told
         return
     with Progress(*columns, TimeRemainingColumn(), console=stderr()) as bar:
         task = bar.add_task("turn 0", total=60 * minutes if minutes else plan["turns"])
@@ -258,6 +258,11 @@ def progress_bar(plan: dict[str, Any], plain: bool) -> Iterator[Advance]:
             bar.update(task, completed=done, description=f"turn {turn}")
 
         yield advance
+
+
+def _told(turn: int) -> None:
+    if turn % 10 == 0:
+        typer.echo(f"turn {turn}", err=True)
 
 
 def main() -> None:

@@ -20,6 +20,9 @@ def show(found: Document, console: Console) -> None:
     for name, system in found["systems"].items():
         console.print(_figures(name, system["summary"]))
         console.print(counters(system["summary"]), soft_wrap=True)
+        for died in (row for row in system["turns"] if row["outcome"] == "died"):
+            console.print(f"in turn {died['turn']} {died['ended']}; nothing more was asked",
+                          soft_wrap=True)  # fmt: skip
     for figure, ratio in found["ratios"].items():
         console.print(f"{FIGURES[figure]}: {ratio:g} times sooner than the reference flow (p50)")
     console.print(

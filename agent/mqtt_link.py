@@ -213,6 +213,7 @@ class Link:
             try:
                 await self._connection()
             except aiomqtt.MqttError as error:
+                _raise_if_cancelled()
                 self._look_at(error)
                 log.warning("%s: no broker at %s:%d (%s)", self._name, self._broker.host,
                             self._broker.port, error)  # fmt: skip
@@ -320,3 +321,12 @@ def _code(error: BaseException | None) -> int | None:
 
 async def _publish(client: aiomqtt.Client, message: Outgoing) -> None:
     await client.publish(message.topic, message.payload, message.qos, message.retain)
+
+
+def _raise_if_cancelled() -> None:
+    """A connection that fails while it is being cancelled raises its failure instead: without
+    this it would be made again, and nothing would end."""
+    task = asyncio.current_task()
+    # Python 3.10 does not tell.
+    if task is not None and getattr(task, "cancelling", int)():
+        raise asyncio.CancelledError

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,9 +31,9 @@ from agent.session import Session
 from agent.telemetry import TurnTrace
 from bench.endpointing import SPEAKERS, Recording, sessions
 from bench.report import RESULTS, about, save
-from stages import SAMPLE_RATE
+from bench.sound import matched
+from bench.speaker import Speaker
 
-CHUNK = 320  # 20 ms
 STEPS = {
     "end of speech to endpoint": ("end_of_speech", "endpoint"),
     "endpoint to first sample": ("endpoint", "first_sample"),
@@ -70,56 +69,13 @@ class Run:
         ]
 
 
-class Speaker:
-    """Says one request after the other, each when the reply to the one before has been heard."""
-
-    def __init__(self, requests: Sequence[Recording], listen: float) -> None:
-        self._requests = requests
-        self._listen = listen
-        self._position = 0
-        self._ended = asyncio.Event()
-        self._due = 0.0
-        self.ends: list[int] = []  # true ends of the requests, on the session's clock
-        self.said = 0
-
-    def over(self) -> None:
-        """A turn has ended."""
-        self._ended.set()
-
-    async def speak(self, playback: Clocked, session: Session) -> AsyncIterator[np.ndarray]:
-        """All requests, in real time."""
-        self._due = time.perf_counter()
-        quiet = np.zeros(CHUNK, np.float32)
-        for request in self._requests:
-            self.ends.append(self._position + request.end)
-            for start in range(0, len(request.wave), CHUNK):
-                if start > request.end and self._ended.is_set():
-                    break
-                if start <= request.end:
-                    self._ended.clear()
-                if playback.heard > self._listen * SAMPLE_RATE and start > request.end:
-                    await session.interrupt("heard enough")
-                yield await self._paced(request.wave[start : start + CHUNK])
-            while session.state.value != "listening":
-                if playback.heard > self._listen * SAMPLE_RATE:
-                    await session.interrupt("heard enough")
-                yield await self._paced(quiet)
-            self.said += 1
-
-    async def _paced(self, chunk: np.ndarray) -> np.ndarray:
-        self._position += len(chunk)
-        self._due += len(chunk) / SAMPLE_RATE
-        await asyncio.sleep(max(0.0, self._due - time.perf_counter()))
-        return chunk
-
-
 async def converse(
     models: Models, config: Config, requests: Sequence[Recording], listen: float, run: Run
 ) -> None:
     """Hold one conversation and note what its turns took."""
     playback = Clocked()
     async with Session(models, config) as session:
-        speaker = Speaker(requests, listen)
+        speaker = Speaker(((request, False) for request in requests), listen, noise=0.0)
         traces: list[TurnTrace] = []
         source = speaker.speak(playback, session)
         async with aclosing(session.converse(source, playback)) as events:
@@ -131,13 +87,11 @@ async def converse(
         for name in ("speculations", "refuted", "speculation_hits", "wasted_tokens"):
             run.counts[name] = run.counts.get(name, 0) + trace.counts.get(name, 0)
     run.dropped += sum(int(c["dropped"]) for t in traces[-1:] for c in t.channels.values())
-    for end, before in zip(speaker.ends, [0, *speaker.ends], strict=False):
-        about = SAMPLE_RATE // 4  # the VAD and the synthesiser differ on where speech ends
-        mine = [t for t in traces if before + about < t.speech[1] <= end + about]
-        late = [t for t in mine if t.speech[1] > end - about]
-        run.false_endpoints += len(mine) - len(late)
-        run.lost += not late
-        run.traces += late[-1:]
+    begins, ends = [said.start for said in speaker.said], [said.end for said in speaker.said]
+    for false, own in matched(begins, ends, traces):
+        run.false_endpoints += false
+        run.lost += own is None
+        run.traces += [] if own is None else [traces[own]]
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -140,7 +141,7 @@ def build(
     found = {n: {"summary": summary(rows), "turns": list(rows)} for n, rows in systems.items()}
     about: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["python -m agent bench", *_arguments()]),
+        "command": shlex.join(["python", "-m", "agent", "bench", *_arguments()]),
         "commit": commit(),
         "platform": platform.platform(),
         "cores": os.cpu_count(),
@@ -164,8 +165,10 @@ def build(
 
 
 def _arguments() -> list[str]:
-    after = sys.argv[1:]
-    return after[1:] if after[:1] == ["bench"] else after
+    """What was given, but for where the results went."""
+    given = sys.argv[2:] if sys.argv[1:2] == ["bench"] else sys.argv[1:]
+    where = {n + k for n, word in enumerate(given) if word == "--out" for k in (0, 1)}
+    return [word for n, word in enumerate(given) if n not in where]
 
 
 def _version(package: str) -> str | None:

@@ -27,6 +27,7 @@ from bench.memory import resident_mb
 from bench.recordings import Request
 from bench.sound import Listener, matched
 from bench.speaker import Said, Speaker
+from stages import SAMPLE_RATE
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -98,7 +99,13 @@ class Conversation:
         bounds = zip(self.requests, self.said, strict=False)
         begins = [said.start + request.begin for request, said in bounds]
         own = matched(begins, [said.end for said in self.said], self.turns)
-        return [self._row(n, false, turn) for n, (false, turn) in enumerate(own)]
+        rows = [self._row(n, false, turn) for n, (false, turn) in enumerate(own)]
+        for name in ("glitches", "dropped"):  # counted since the session began
+            before = 0
+            for row in rows:
+                if name in row:
+                    row[name], before = row[name] - before, row[name]
+        return rows
 
     def _row(self, number: int, false: int, own: int | None) -> Row:
         said = self.said[number]
@@ -113,9 +120,8 @@ class Conversation:
             return {**row, "outcome": "lost"}
         turn = self.turns[own]
         trace = turn.trace
-        before = self.turns[own - 1].glitches if own else 0
         counts = {name: trace.counts.get(name, 0) for name in COUNTS}
-        ms = self._steps_of(trace, said)
+        ms = self._steps_of(trace, number)
         interrupted = self._interrupted(number) if trace.ended == BARGE_IN else {}
         return {
             **row,
@@ -130,15 +136,18 @@ class Conversation:
             "reply_seconds": round(trace.reply_seconds, 2),
             "real_time_factor": _rounded(trace.real_time_factor),
             "inter_token_ms": [round(step, 2) for step in turn.steps],
-            "glitches": turn.glitches - before,
+            "glitches": turn.glitches,
             "dropped": sum(int(c["dropped"]) for c in trace.channels.values()),
             "memory_mb": turn.memory_mb,
             **counts,
         }
 
-    def _steps_of(self, trace: TurnTrace, said: Said) -> dict[str, float]:
+    def _steps_of(self, trace: TurnTrace, number: int) -> dict[str, float]:
         """Steps of the turn, ms; the speech ended where the recording says that it did."""
-        marks, end = trace.marks, said.end_time
+        marks, end = trace.marks, self.said[number].end_time
+        following = self.said[number + 1 : number + 2]
+        if "endpoint" not in marks:  # it was let go of before
+            return {}
         endpoint = marks["endpoint"]
         found = {"end_to_endpoint": endpoint - end}
         for name, mark in (("token", "first_token"), ("unit", "first_unit")):
@@ -147,7 +156,8 @@ class Conversation:
         if "first_sample" in marks:
             found["endpoint_to_sample"] = marks["first_sample"] - endpoint
             found["end_to_sample"] = marks["first_sample"] - end
-            sound = self.listener.first_after(marks["first_sample"])
+            until = following[0].end_time if following else float("inf")
+            sound = self.listener.first_after(endpoint, until)
             if sound is not None:
                 found["end_to_sound"] = sound - end
         return {name: 1e3 * value for name, value in found.items()}
@@ -157,7 +167,7 @@ class Conversation:
         if number + 1 >= len(self.said) or not self.said[number + 1].over:
             return {}
         by, request = self.said[number + 1], self.requests[number + 1]
-        onset = by.end_time - (request.end - request.begin) / 16_000
+        onset = by.end_time - (request.end - request.begin) / SAMPLE_RATE
         decided = next((stop for stop in self.stops if stop > onset), None)
         if decided is None:
             return {}

@@ -95,6 +95,14 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     assert sum('"turn": ' in line for line in lines) == 12, "a turn is a line"
 
 
+def test_the_command_is_kept_without_where_its_results_went(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = ["agent", "bench", "--turns", "2", "--out", "/home/me/results", "--seed", "3"]
+    monkeypatch.setattr("sys.argv", words)
+    assert document([row(1)])["about"]["command"] == "python -m agent bench --turns 2 --seed 3"
+
+
 def test_it_says_what_was_measured_with_which_machine() -> None:
     about = document([row(1)])["about"]
     assert {"date", "command", "commit", "platform", "cores", "python", "packages"} <= set(about)

@@ -50,7 +50,7 @@ def conversation(**more: Any) -> Conversation:
         1, 2 * S, "barge-in", endpoint=102.6, first_token=102.5, first_sample=102.7, last_sample=103
     )
     second = trace(2, 5 * S, endpoint=105.6, first_sample=105.6, last_sample=105.9)
-    turns = [_Turn(first, [5.0, 6.0], 1, 700.0), _Turn(second, [5.0], 1, 701.0)]
+    turns = [_Turn(first, [5.0, 6.0], 1, 700.0), _Turn(second, [5.0], 3, 701.0)]
     sound = listener((102.9, 103.52), (105.8, 106.5))
     requests = [request("a"), request("b")]
     return Conversation(requests, said, turns, sound, [103.5], 100.0, **more)
@@ -76,10 +76,24 @@ def test_a_barge_in_is_timed_from_its_decision_and_from_its_first_word() -> None
 
 def test_counts_of_the_whole_run_are_told_for_each_turn() -> None:
     rows = conversation().rows()
-    assert [row["glitches"] for row in rows] == [1, 0]
+    assert [row["glitches"] for row in rows] == [1, 2]
     assert [row["memory_mb"] for row in rows] == [700.0, 701.0]
     assert rows[0]["speculations"] == 2 and rows[0]["refuted"] == 1
     assert rows[0]["real_time_factor"] == pytest.approx(0.4)
+
+
+def test_a_reply_without_a_sound_does_not_get_the_next_ones() -> None:
+    held = conversation()
+    held.listener = listener((105.8, 106.5))
+    first, second = held.rows()
+    assert "end_to_sound" not in first["ms"]
+    assert second["ms"]["end_to_sound"] == pytest.approx(800)
+
+
+def test_a_turn_that_was_let_go_of_before_its_endpoint_is_silent() -> None:
+    held = conversation()
+    held.turns[0].trace.marks.clear()
+    assert held.rows()[0]["outcome"] == "silent"
 
 
 def test_a_request_nobody_took_is_lost() -> None:

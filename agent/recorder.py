@@ -318,9 +318,7 @@ class _Words:
         if isinstance(event, TurnStarted):
             turn.started = event.sample
         elif isinstance(event, RequestUnits):
-            turn.heard = turn.planned = turn.does = (
-                ""  # they went on: the reply was taken back
-            )
+            turn.heard = turn.planned = turn.does = ""  # they went on: the reply was taken back
         elif isinstance(event, Heard):
             turn.heard, turn.planned = event.text, ""
         elif isinstance(event, ActionChosen):

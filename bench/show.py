@@ -68,7 +68,8 @@ def counters(summary: dict[str, Any]) -> str:
     if memory:
         parts.append(
             f"memory {memory['first_mb']:.0f} MB after the first turn, "
-            f"{memory['after_10_turns_mb']:.0f} after ten, {memory['last_mb']:.0f} at the end"
+            f"{memory['after_10_turns_mb']:.0f} after ten, {memory['last_mb']:.0f} at the end, "
+            f"{memory['most_mb']:.0f} at most"
         )
     if trend:
         parts.append(f"cost of the last turn {trend['ratio']:g} times that of the first (trend)")

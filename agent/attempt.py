@@ -8,7 +8,7 @@ is answered with.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,13 @@ import numpy as np
 from agent.events import Event, ReplyAudio
 from agent.spoken import SpokenWords
 from agent.telemetry import TurnTrace
+from stages import SAMPLE_RATE
 from stages.encoder import Revision
 from stages.units import Unit
 from stages.vocoder_stream import AudioChunk, UnitSpan
 
+_FIRST_SOUND = 10 ** (-40 / 20)  # peak of full scale under which nobody hears a reply begin
+_LEAD = SAMPLE_RATE // 25  # samples kept before the first sound: consonants rise slowly
 _SILENCE_LEVEL = 10 ** (-50 / 20)  # RMS of full scale under which a reply's sound counts as silence
 
 
@@ -53,10 +56,39 @@ class Attempt:
     spans: list[UnitSpan] = field(default_factory=list)
     words: SpokenWords = field(default_factory=SpokenWords)
     _quiet: int = 0
+    _skipped: int = 0  # samples of silence before the first sound
+    _before: tuple[UnitSpan, ...] = ()  # what was spoken in them
+    _sounds: bool = False
 
     def mark(self, name: str, time: float) -> None:
         """Note the first time that ``name`` happens."""
         self.marks.setdefault(name, time)
+
+    def from_first_sound(self, chunk: AudioChunk, patience: int) -> AudioChunk | None:
+        """``chunk`` without the silence that the reply begins with; ``None`` if that is all.
+
+        The units of that silence are kept in the ledger, as heard with the first sound. More than
+        ``patience`` samples of it set :attr:`enough`.
+        """
+        start = 0
+        if not self._sounds:
+            loud = np.flatnonzero(np.abs(chunk.samples) > _FIRST_SOUND)
+            self._sounds = bool(len(loud))
+            start = max(0, int(loud[0]) - _LEAD) if self._sounds else len(chunk.samples)
+        self._skipped += start
+        if not self._sounds:
+            self._before += chunk.units
+            if self._skipped >= patience:
+                self.ended, self.enough = "long enough", 0
+            return None
+        units = tuple(self._moved(span) for span in (*self._before, *chunk.units))
+        self._before = ()
+        first = chunk.first_sample + start - self._skipped
+        return AudioChunk(chunk.samples[start:], first, units)
+
+    def _moved(self, span: UnitSpan) -> UnitSpan:
+        start, end = (max(0, at - self._skipped) for at in (span.start, span.end))
+        return replace(span, start=start, end=end)
 
     def limit(self, chunk: AudioChunk, longest: int, patience: int) -> AudioChunk | None:
         """What of ``chunk`` may be played; sets :attr:`enough` where the reply has to end.

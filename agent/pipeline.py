@@ -229,8 +229,10 @@ class Pipeline:
         if attempt.enough is not None:
             return
         limits = self._config.reply
-        longest, patience = limits.max_seconds, limits.trailing_silence_s
-        wanted = attempt.limit(chunk, int(longest * SAMPLE_RATE), int(patience * SAMPLE_RATE))
+        longest = int(limits.max_seconds * SAMPLE_RATE)
+        patience = int(limits.trailing_silence_s * SAMPLE_RATE)
+        sounding = attempt.from_first_sound(chunk, patience) if limits.skip_silence else chunk
+        wanted = sounding and attempt.limit(sounding, longest, patience)
         if wanted is not None:
             attempt.words.sound(wanted.end)
             sound = ReplyAudio(

@@ -169,6 +169,9 @@ class ReplyConfig(Section):
     max_seconds: float = Field(
         default=20.0, gt=0, le=600, description="limit of sound in a reply, s"
     )
+    skip_silence: bool = Field(
+        default=True, description="begin a reply at its first sound (above -40 dBFS)"
+    )
     trailing_silence_s: float = Field(
         default=1.0,
         gt=0,

@@ -334,6 +334,32 @@ def test_a_reply_that_falls_silent_is_over() -> None:
     assert 1.0 < seconds < 2.0
 
 
+def test_a_reply_begins_at_its_first_sound_and_remembers_the_silence_before() -> None:
+    class Hesitant(ScriptedDialogue):
+        def units(self) -> Iterator[Piece]:
+            yield from (SaidUnit(Unit("Hu", index)) for index in (0, 0, 50, 51))
+
+    def heard(skip: bool) -> list[ReplyAudio]:
+        return of(ReplyAudio, converse(Hesitant(), *speech(9), reply={"skip_silence": skip}))
+
+    assert [a.first_sample for a in heard(False)] == [0, 640, 1280, 1920]
+    audio = heard(True)
+    assert [(a.first_sample, len(a.samples)) for a in audio] == [(0, 640), (640, 640)]
+    spans = [(s.token, s.start, s.end) for a in audio for s in a.units]
+    assert spans == [(0, 0, 0), (1, 0, 0), (2, 0, 640), (3, 640, 1280)]
+
+
+def test_a_reply_without_a_sound_is_over_soon() -> None:
+    class Mute(ScriptedDialogue):
+        def units(self) -> Iterator[Piece]:
+            while True:
+                yield SaidUnit(Unit("Hu", 0))
+
+    events = converse(Mute(), *speech(9), reply={"trailing_silence_s": 0.5})
+    assert not of(ReplyAudio, events)
+    assert of(TurnEnded, events)[0].trace.ended == "long enough"
+
+
 def test_units_without_a_sound_end_the_reply_and_not_the_session() -> None:
     events = converse(ScriptedDialogue(), *speech(66), *speech(9))
     first, second = of(TurnEnded, events)

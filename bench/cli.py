@@ -114,6 +114,7 @@ def bench(
         "baseline_turns": baseline_turns, "requests": [r.text for r in recordings],
     }  # fmt: skip
     before = document.load_average()
+    document.commit()
     if black_box is None and devices is None:
         systems = _measure(settings, config, recordings, plan, plain)
         layout, values = settings.model.layout(), settings.model_dump(mode="json")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,8 @@ def cost_trend(rows: Sequence[Row]) -> dict[str, float] | None:
     )
     middle = float(np.median(costs - slope * turns))
     first, last = (middle + slope * float(turn) for turn in (turns[0], turns[-1]))
+    if min(first, last) <= 0:  # no straight line: the machine became busy, or idle
+        return None
     return {"first_ms": round(first, 2), "last_ms": round(last, 2), "ratio": round(last / first, 3)}
 
 
@@ -178,8 +181,12 @@ def _version(package: str) -> str | None:
         return None
 
 
+@cache
 def commit() -> str | None:
-    """The commit of the source, with ``+`` if it was changed since; None outside a repository."""
+    """The commit of the source, with ``+`` if it was changed since; None outside a repository.
+
+    Looked up once: call it before a run, in which the source may be changed.
+    """
     folder = Path(__file__).parent
 
     def git(*arguments: str) -> str:

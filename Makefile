@@ -14,7 +14,8 @@ demo: $(RUN)
 	$(BIN)/python -m agent run examples/question.wav reply.wav --trace trace.json
 
 test: $(DEV)
-	$(BIN)/python -m pytest -m 'not realtime' --numprocesses $(CORES) --dist loadfile
+	$(BIN)/python -m pytest -m 'not (broker or realtime)' --numprocesses $(CORES) --dist loadfile
+	$(BIN)/python -m pytest -m broker --numprocesses $(CORES) --dist loadfile
 	$(BIN)/python -m pytest -m realtime
 
 lint: $(DEV)

@@ -37,7 +37,7 @@ PATIENCE = 60.0  # seconds after which a test gives up; nothing here is judged b
 SERVE = "import typer; from agent.mqtt import serve; typer.run(serve)"
 SETTINGS = ("mqtt.max_sessions=2", "sampling.speech.seed=0")
 
-pytestmark = [pytest.mark.slow, pytest.mark.realtime, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.broker, pytest.mark.timeout(300)]
 
 
 class Service:

@@ -124,7 +124,7 @@ def client(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.realtime
+@pytest.mark.broker
 def test_a_recording_is_answered_into_a_file(address: str, question: Path, tmp_path: Path) -> None:
     out = tmp_path / "a.wav"
     done = client(
@@ -185,7 +185,7 @@ async def body(address: str, name: str) -> AsyncIterator[Body]:
 
 
 @pytest.mark.slow
-@pytest.mark.realtime
+@pytest.mark.broker
 def test_a_conversation_goes_on_over_a_broker_that_dies(broker: Mosquitto, address: str) -> None:
     async def converse() -> None:
         async with body(address, "patient") as made:
@@ -201,7 +201,7 @@ def test_a_conversation_goes_on_over_a_broker_that_dies(broker: Mosquitto, addre
 
 
 @pytest.mark.slow
-@pytest.mark.realtime
+@pytest.mark.broker
 def test_an_interruption_is_reckoned_by_the_clients_own_playhead(address: str) -> None:
     async def converse() -> None:
         async with body(address, "exact") as made:

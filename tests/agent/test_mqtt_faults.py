@@ -28,7 +28,7 @@ from bench.soak import Device, raw_connect, raw_publish, raw_subscribe, rss, sto
 REPOSITORY = Path(__file__).resolve().parents[2]
 PATIENCE = 60.0  # seconds after which a test gives up; nothing here is judged by time
 
-pytestmark = [pytest.mark.slow, pytest.mark.realtime, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.broker, pytest.mark.timeout(300)]
 
 
 class World:

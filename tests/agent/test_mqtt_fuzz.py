@@ -92,7 +92,7 @@ def test_the_nonsense_reaches_every_topic_in_every_form() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.realtime
+@pytest.mark.broker
 def test_twenty_thousand_senseless_payloads_disturb_nobody(tmp_path: Path) -> None:
     """Straight into the service, while another device converses through a real broker."""
     with running(tmp_path) as broker:
@@ -105,7 +105,7 @@ def test_twenty_thousand_senseless_payloads_disturb_nobody(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.realtime
+@pytest.mark.broker
 def test_a_thousand_of_them_through_a_broker_end_nothing(tmp_path: Path) -> None:
     base = load_config("nano").mqtt.base
 

@@ -305,7 +305,7 @@ def _name(service: subprocess.Popen[str]) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.realtime
+@pytest.mark.broker
 @pytest.mark.timeout(300)
 def test_killed_with_its_service_a_conversation_goes_on_with_the_other(
     pair: tuple[Mosquitto, dict[str, subprocess.Popen[str]]],

@@ -24,7 +24,7 @@ from agent.schema import MqttConfig
 
 PATIENCE = 30.0
 
-pytestmark = [pytest.mark.realtime, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.broker, pytest.mark.timeout(120)]
 
 
 def openssl(folder: Path, *words: str) -> None:

@@ -33,12 +33,6 @@ EXPRESSIVE_7B = LlamaConfig(
     kv_heads=32,
     head_dim=128,
     max_positions=4096,
-    rms_norm_eps=1e-5,
-    rope_theta=10000.0,
-    rope_factor=1.0,
-    tied=False,
-    attention_bias=False,
-    mlp_bias=False,
 )
 TINY = LlamaConfig(
     vocab_size=2048,
@@ -49,12 +43,6 @@ TINY = LlamaConfig(
     kv_heads=4,
     head_dim=16,
     max_positions=4096,
-    rms_norm_eps=1e-5,
-    rope_theta=10000.0,
-    rope_factor=1.0,
-    tied=False,
-    attention_bias=False,
-    mlp_bias=False,
 )
 SPEECH_RATE = 28
 """Tokens of a second of Expressive speech (DESIGN.md section 6)."""

@@ -29,7 +29,7 @@ _FILES = (
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Dimensions of a Llama, as in Hugging Face's ``config.json``."""
+    """Dimensions of a Llama, as in Hugging Face's ``config.json``; the rest as Llama 2 has it."""
 
     vocab_size: int
     hidden: int
@@ -39,12 +39,12 @@ class LlamaConfig:
     kv_heads: int
     head_dim: int
     max_positions: int
-    rms_norm_eps: float
-    rope_theta: float
-    rope_factor: float
-    tied: bool
-    attention_bias: bool
-    mlp_bias: bool
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+    rope_factor: float = 1.0
+    tied: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
 
     @classmethod
     def read(cls, path: Path) -> LlamaConfig:

@@ -272,10 +272,4 @@ SMALL = LlamaConfig(
     kv_heads=2,
     head_dim=24,
     max_positions=128,
-    rms_norm_eps=1e-5,
-    rope_theta=10000.0,
-    rope_factor=1.0,
-    tied=False,
-    attention_bias=False,
-    mlp_bias=False,
 )

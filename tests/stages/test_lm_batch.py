@@ -26,12 +26,6 @@ SHAPE = LlamaConfig(
     kv_heads=2,
     head_dim=8,
     max_positions=256,
-    rms_norm_eps=1e-5,
-    rope_theta=10000.0,
-    rope_factor=1.0,
-    tied=False,
-    attention_bias=False,
-    mlp_bias=False,
 )
 WEIGHTS = random_llama(SHAPE, DEVICE, torch.float32, seed=1)
 GREEDY = Sampling(greedy=True)

@@ -36,12 +36,7 @@ def config(**changes: object) -> LlamaConfig:
         "kv_heads": 2,
         "head_dim": 8,
         "max_positions": 1024,
-        "rms_norm_eps": 1e-5,
         "rope_theta": 5000.0,
-        "rope_factor": 1.0,
-        "tied": False,
-        "attention_bias": False,
-        "mlp_bias": False,
     }
     return LlamaConfig(**{**values, **changes})
 

@@ -15,7 +15,6 @@ on a busy machine.
 from __future__ import annotations
 
 import itertools
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,7 +33,7 @@ from transformers import HubertConfig
 from agent.graphs import graphs
 from bench.agreement_report import draw, markdown
 from bench.held_out import Utterance, person, sentences, spoken
-from bench.report import RESULTS, about, save
+from bench.report import RESULTS, about, load_average, save
 from stages import SAMPLE_RATE
 from stages.checkpoint import find_layout
 from stages.encoder import SpeechTokenizer, UnitEncoder
@@ -301,7 +300,7 @@ def main(
         "style": style_rows(tokenizer.style, speech),
         "stream": stream_rows(tokenizer, speech),
     }
-    report["load_average_after"] = round(os.getloadavg()[0], 2)
+    report["load_average_after"] = load_average()
     path = save("agreement", report, out)
     draw(report, path.with_suffix(".png"))
     text = markdown(report, path.with_suffix(".png").name)

@@ -24,6 +24,7 @@ from bench import document
 from bench.compare import compare_command
 from bench.document import Row
 from bench.recordings import Request, load
+from bench.report import load_average
 from bench.show import show
 
 app = typer.Typer(
@@ -113,7 +114,7 @@ def bench(
         "listen_seconds": listen, "baseline": baseline.value if baseline else None,
         "baseline_turns": baseline_turns, "requests": [r.text for r in recordings],
     }  # fmt: skip
-    before = document.load_average()
+    before = load_average()
     document.commit()
     if black_box is None and devices is None:
         systems = _measure(settings, config, recordings, plan, plain)

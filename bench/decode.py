@@ -8,7 +8,6 @@ tokens must agree before anything is timed.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from transformers import LlamaConfig as HFConfig
 from transformers import LlamaForCausalLM
 from transformers.utils import logging
 
-from bench.report import RESULTS, about, save
+from bench.report import RESULTS, about, load_average, save
 from stages.llama_weights import load_llama
 from stages.lm import Engine, LanguageModel, Sampling
 from stages.lm_torch import TorchEngine
@@ -265,7 +264,7 @@ def main(
             agree(ways, ids[:32], plan.steps)
             report["models"][name] = facts | compare(ways, ids, rounds, plan, "eager PyTorch")
             show(console, name, report["models"][name])
-    report["load_average_after"] = round(os.getloadavg()[0], 2)
+    report["load_average_after"] = load_average()
     console.print(
         f"load average {report['load_average']} before, {report['load_average_after']} after; "
         f"kept in {save('decode', report, out)}"

@@ -20,6 +20,7 @@ import numpy as np
 from agent.errors import UserError
 from agent.inventory import about as machine
 from bench.memory import peak_mb
+from bench.report import load_average
 from stages.checkpoint import Layout
 
 Row = dict[str, Any]
@@ -202,11 +203,6 @@ def commit() -> str | None:
         return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def load_average() -> float:
-    """Of the last minute; 0 where the system does not tell."""
-    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else 0.0
 
 
 def write(document: Document, path: Path) -> None:

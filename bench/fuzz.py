@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
-import os
 import random
 import struct
 import tempfile
@@ -26,9 +25,10 @@ from agent.config import load_config
 from agent.mqtt import Service
 from agent.mqtt_link import Broker
 from agent.mqtt_wire import FROM_DEVICE
+from bench.memory import resident_mb
 from bench.played import played
 from bench.report import RESULTS, about, save
-from bench.soak import ROOM, Device, rss, stop
+from bench.soak import ROOM, Device, stop
 from tests.mosquitto import Mosquitto
 
 NAMES = ("bad-1", "bad-2", "bad-3", "x" * 64, "..", "")
@@ -160,7 +160,7 @@ async def fuzz(
                 running.result()
             if done >= payloads // 10 and not first:
                 gc.collect()
-                first = rss(os.getpid())
+                first = resident_mb()
             progress(done)
         turns = good.tally.counts["turns"]
         while good.tally.counts["turns"] == turns:
@@ -171,7 +171,7 @@ async def fuzz(
     counts = good.tally.counts
     return Outcome(
         payloads, service.refused, service.unknown, counts["turns"], counts["error"],
-        (round(first, 1), round(rss(os.getpid()), 1)), served, round(time.monotonic() - began, 1),
+        (round(first, 1), round(resident_mb(), 1)), served, round(time.monotonic() - began, 1),
     )  # fmt: skip
 
 
@@ -184,7 +184,7 @@ def main(
 
     def progress(done: int) -> None:
         if done % 100_000 == 0:
-            typer.echo(f"{done} payloads, {rss(os.getpid()):.0f} MB", err=True)
+            typer.echo(f"{done} payloads, {resident_mb():.0f} MB", err=True)
 
     with tempfile.TemporaryDirectory() as folder:
         broker = Mosquitto(Path(folder))

@@ -9,7 +9,6 @@ in multiplications.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from rich.table import Table
 
 from agent.graphs import graphs
 from bench.held_out import Utterance, sentences, spoken
-from bench.report import RESULTS, about, save
+from bench.report import RESULTS, about, load_average, save
 from recipes.scoring import RECOGNIZER, Recognizer, word_errors
 from stages.checkpoint import Layout, find_layout
 from stages.encoder import SpeechTokenizer
@@ -274,7 +273,7 @@ def main(
         "look_ahead": look_aheads(vocoder, tokenizer, said, each_ms),
         "schedules": schedules({"nano": vocoder.config, "official": official()}),
     }
-    report["load_average_after"] = round(os.getloadavg()[0], 2)
+    report["load_average_after"] = load_average()
     show(report, Console(width=120))
     path = save("lookahead", report, out)
     draw(report, path.with_suffix(".png"))

@@ -1,4 +1,4 @@
-"""How much memory this process has."""
+"""How much memory a process has."""
 
 from __future__ import annotations
 
@@ -8,16 +8,21 @@ from pathlib import Path
 
 
 def resident_mb() -> float:
-    """What it has now, MB; where the system does not say, the most it ever had."""
+    """What this one has now, MB; where the system does not say, the most it ever had."""
     try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        return round(resident_mb_of("self"), 2)
     except (OSError, IndexError, ValueError):
         return peak_mb()
-    return round(pages * os.sysconf("SC_PAGE_SIZE") / 1e6, 2)
+
+
+def resident_mb_of(process: int | str) -> float:
+    """What another one has now, MB. Raises OSError if there is none, or the system does not say."""
+    pages = int(Path(f"/proc/{process}/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def peak_mb() -> float:
-    """The most it ever had, MB."""
+    """The most this one ever had, MB."""
     try:
         import resource
     except ImportError:  # Windows

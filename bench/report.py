@@ -23,8 +23,13 @@ def about(bench: str, packages: Iterable[str]) -> dict[str, Any]:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
         "python": platform.python_version(),
         "versions": {name: version(name) for name in packages},
-        "load_average": round(os.getloadavg()[0], 2),
+        "load_average": load_average(),
     }
+
+
+def load_average() -> float:
+    """Of the last minute; 0 where the system does not tell."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else 0.0
 
 
 def save(bench: str, report: Mapping[str, Any], folder: Path = RESULTS) -> Path:

@@ -40,6 +40,7 @@ import typer
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
+from bench.memory import resident_mb_of
 from bench.report import RESULTS, about, save
 from tests.faults import Proxy
 from tests.mosquitto import Mosquitto
@@ -267,7 +268,7 @@ class Soak:
         self.counts["connections half-open"] += await asyncio.to_thread(trunk.freeze)
 
     async def _look(self) -> None:
-        megabytes = rss(self._service.pid)
+        megabytes = resident_mb_of(self._service.pid)
         self.memory.append((round(time.monotonic() - self.began, 1), round(megabytes, 1)))
 
     async def _crowd(self) -> None:
@@ -372,12 +373,6 @@ async def stop(*tasks: asyncio.Future[Any]) -> None:
         for task in pending:
             task.cancel()
         await asyncio.wait(pending, timeout=1.0)
-
-
-def rss(pid: int) -> float:
-    """Memory of a process in use, MB."""
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def _string(text: str) -> bytes:

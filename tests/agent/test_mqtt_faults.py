@@ -23,7 +23,8 @@ from faults import Proxy
 from mosquitto import Mosquitto, running
 
 from agent.recorder import Recorder
-from bench.soak import Device, raw_connect, raw_publish, raw_subscribe, rss, stop
+from bench.memory import resident_mb_of
+from bench.soak import Device, raw_connect, raw_publish, raw_subscribe, stop
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PATIENCE = 60.0  # seconds after which a test gives up; nothing here is judged by time
@@ -161,11 +162,11 @@ def test_a_subscriber_that_never_reads_costs_no_memory(
     async def both() -> None:
         async with robot("other", world.port) as device:
             await turns(device, 1)
-            before = rss(world.service.pid)
+            before = resident_mb_of(world.service.pid)
             ignoring = asyncio.create_task(deaf())
             await turns(device, 2)
             ignoring.cancel()
-            assert rss(world.service.pid) - before < 50
+            assert resident_mb_of(world.service.pid) - before < 50
 
     asyncio.run(both())
 

@@ -73,7 +73,7 @@ def ask(nano: Nano, world: domain.Domain, row: Row, folder: Path) -> Pair:
     """One recording of the corpus answered."""
     wave = load_wave(folder / row["wav"])
     turn = nano.listen(wave)
-    nano.answer(turn)
+    nano.phrase(turn)
     request = world.by_transcript[row["transcript"]]
     return Pair(
         voice=row["voice"],

@@ -107,6 +107,17 @@ class Nano:
 
     def answer(self, turn: Turn) -> np.ndarray:
         """Speak the reply of a turn that :meth:`listen` has just made; empty if nothing comes."""
+        self.phrase(turn)
+        began = time.perf_counter()
+        try:
+            wave = self.voice.decode(turn.units)
+        except VocoderError:
+            wave = np.zeros(0, np.float32)
+        turn.seconds["vocoder"] = time.perf_counter() - began
+        return wave
+
+    def phrase(self, turn: Turn) -> None:
+        """The units of that reply, without their sound."""
         began = time.perf_counter()
         ids: list[int] = []
         while len(ids) < LONGEST_REPLY:
@@ -115,14 +126,7 @@ class Nano:
                 break
         turn.units = self.text.decode([i for i in ids if i != self.text.eos])
         turn.tokens += len(ids)
-        spoken_at = time.perf_counter()
-        try:
-            wave = self.voice.decode(turn.units)
-        except VocoderError:
-            wave = np.zeros(0, np.float32)
-        turn.seconds["units"] = spoken_at - began
-        turn.seconds["vocoder"] = time.perf_counter() - spoken_at
-        return wave
+        turn.seconds["units"] = time.perf_counter() - began
 
 
 def fingerprint(checkpoint: Path, sampling: Sampling) -> str:

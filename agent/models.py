@@ -16,7 +16,7 @@ from agent.reply import Dialogue
 from stages import SAMPLE_RATE
 from stages.checkpoint import CheckpointError, Layout
 from stages.constrained import JsonGrammar
-from stages.encoder import SpeechTokenizer, UnitEncoder
+from stages.encoder import ENCODER_GRAPHS, SpeechTokenizer, UnitEncoder
 from stages.lm import LanguageModel
 from stages.runtime import Graph
 from stages.text import Tokenizer
@@ -28,7 +28,6 @@ from stages.vocoder_stream import StreamingVocoder
 if TYPE_CHECKING:
     from stages.turn_end import TurnEndDetector
 
-_ENCODER_GRAPHS = ("phonetic", "f0", "pitch", "style")
 _VOCODER_GRAPHS = ("vocoder", "durations")
 
 
@@ -194,7 +193,7 @@ def _graphs(config: Config, layout: Layout, progress: Progress | None) -> dict[s
         return {}
     device, threads = config.model.device, config.threads
     encoders = graphs(
-        layout, _ENCODER_GRAPHS, device=device, threads=threads.encoder, progress=progress
+        layout, ENCODER_GRAPHS, device=device, threads=threads.encoder, progress=progress
     )
     vocoder = graphs(
         layout, _VOCODER_GRAPHS, device=device, threads=threads.vocoder, progress=progress

@@ -34,6 +34,7 @@ from agent.commands import Debug, Overrides, Plain, mendable, stderr
 from agent.config import Config, load_config
 from agent.errors import UserError
 from agent.playback import Clocked, Playback
+from agent.schema import DEVICE_NAME
 from agent.show import printable
 from stages import SAMPLE_RATE
 
@@ -48,7 +49,6 @@ _REPORT = 0.1  # s between words on the playhead
 _CALM = 2.0  # s of nothing happening after a file: longer than the longest hangover
 _PATIENCE = 20.0  # s for an agent to answer at all
 _SOUND = (".wav", ".flac", ".ogg")
-_DEVICE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 Tell = Callable[[str, dict[str, Any]], None]
 
@@ -315,7 +315,7 @@ def mqtt_client(
     settings = load_config("nano", [*(overrides or ()), *more])
     logging.basicConfig(level=logging.DEBUG if debug else logging.ERROR)
     name = device or re.sub(r"[^A-Za-z0-9_.-]", "-", socket.gethostname())[:64]
-    if not _DEVICE.fullmatch(name):
+    if not DEVICE_NAME.fullmatch(name):
         raise UserError(f"--device {name!r}: expected 1 to 64 letters, digits, '.', '_' or '-'")
     broker = _broker(url, settings)
     screen = Screen(Console(no_color=plain, highlight=False))

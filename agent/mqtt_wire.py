@@ -7,7 +7,6 @@ whose text goes back to the device.
 from __future__ import annotations
 
 import json
-import re
 import struct
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -16,7 +15,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from agent.events import ActionChosen, Event, Heard, Interrupted, TurnEnded, TurnStarted
-from agent.schema import MqttConfig
+from agent.schema import DEVICE_NAME, MqttConfig
 
 RATES = (8_000, 16_000, 24_000, 32_000, 44_100, 48_000)
 """Hz that a device's microphone may have."""
@@ -30,8 +29,6 @@ FIRST, LAST, STOP = 1, 2, 4
 
 FROM_DEVICE = ("audio/in", "text/in", "command", "played")
 TO_DEVICE = ("state", "audio/out", "text/out", "event", "metrics")
-
-_DEVICE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
 class BadMessage(ValueError):
@@ -152,7 +149,7 @@ def split(config: MqttConfig, full: str) -> tuple[str, str] | None:
     """The device and the rest of a topic that a device publishes to; ``None`` for any other."""
     base, _, rest = full.partition(f"{config.base}/")
     device, _, name = rest.partition("/")
-    if base or name not in FROM_DEVICE or not _DEVICE.fullmatch(device):
+    if base or name not in FROM_DEVICE or not DEVICE_NAME.fullmatch(device):
         return None
     return device, name
 

@@ -5,6 +5,7 @@ Every key is known here and described, with its unit; :mod:`agent.config` reads 
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -324,6 +325,10 @@ class SoundConfig(Section):
         le=60,
         description="a device that delivers nothing for so long is opened anew, s",
     )
+
+
+DEVICE_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+"""What a device on a network may be called."""
 
 
 class MqttConfig(Section):

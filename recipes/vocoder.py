@@ -342,8 +342,6 @@ def main(
     threads: Annotated[int, typer.Option(help="CPU threads of torch.")] = 1,
 ) -> None:
     """Train the vocoder of one voice; resumes, and ends when its minutes are spent."""
-    torch.set_num_threads(threads)
-    torch.set_flush_denormal(True)
     budget = {
         "mel": mel_minutes, "units": unit_minutes, "joint": minutes, "sharpen": sharpen_minutes
     }  # fmt: skip
@@ -351,22 +349,46 @@ def main(
         work, Settings(budget, batch=batch, seed=seed, duration_steps=duration_steps), voice, ship
     )
     _log_to(trainer.folder / "train.log")
-    signal.signal(signal.SIGTERM, lambda *_: setattr(trainer, "stopped", True))
+    with _as_a_training(trainer, threads):
+        _train(trainer, phase)
+        if evaluate and phase != "mel":
+            made = trainer.folder / FOLDER
+            result = measure(made, work, voice, evaluate, trainer.folder / "spoken")
+            result["minutes"] = trainer.done.minutes
+            log.info("%s: %s", write_report(result, work), result)
+
+
+def _train(trainer: Trainer, phase: str) -> None:
     if phase in ("mel", "all"):
         trainer.mel_phase()
     if phase == "mel":
         return
-    recordings = load_recordings(work, voice, "train")
+    recordings = load_recordings(trainer.work, trainer.voice, "train")
     if phase in ("units", "all"):
         trainer.units_phase(recordings)
     if phase in ("joint", "all"):
         trainer.joint_phase(recordings)
     if phase in ("sharpen", "all"):
         trainer.sharpen_phase(recordings)
-    if evaluate:
-        result = measure(trainer.folder / FOLDER, work, voice, evaluate, trainer.folder / "spoken")
-        result["minutes"] = trainer.done.minutes
-        log.info("%s: %s", write_report(result, work), result)
+
+
+@contextmanager
+def _as_a_training(trainer: Trainer, threads: int) -> Iterator[None]:
+    """A few threads, denormals taken for zero, SIGTERM saves and ends; as before afterwards.
+
+    Arithmetic on denormals, which weights decaying towards zero become, is many times slower. But
+    the flag holds for all of the thread: left on, ``5e-324 > 0`` is false in Python too.
+    """
+    threads_before = torch.get_num_threads()
+    handler_before = signal.signal(signal.SIGTERM, lambda *_: setattr(trainer, "stopped", True))
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(threads_before)
+        signal.signal(signal.SIGTERM, handler_before)
 
 
 def _save_adversary(adversary: Adversary, path: Path) -> None:

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-# Time is not what is tested: a busy machine must not fail a property.
-settings.register_profile(
-    "house", deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow]
-)
+# Time is not what is tested: a busy machine must not fail a property. The same examples each run;
+# new ones are looked for with `--hypothesis-profile explore`, and by `python -m bench.fuzz`.
+_HOUSE: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("house", max_examples=50, derandomize=True, **_HOUSE)
+settings.register_profile("explore", max_examples=2000, print_blob=True, **_HOUSE)
 settings.load_profile("house")
 
 # Tests share their cores with each other; more threads than that only get in the way.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,14 @@ def test_training_ships_a_checkpoint_that_speaks_and_resumes(tmp_path: Path) -> 
     assert more["steps"]["mel"] == state["steps"]["mel"]
     assert state["steps"]["sharpen"] > 0 and (work / "vocoder" / "adversary.pt").is_file()
     assert (work / "vocoder" / "train.log").read_text().count("resumed") == 1
+
+
+def test_training_leaves_the_process_as_it_was(tmp_path: Path) -> None:
+    threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGTERM)
+    work = fake_corpus(tmp_path / "work", count=2)
+    recipe.main(work=work, phase="mel", mel_minutes=0.001, threads=threads + 1)
+    assert float.fromhex("0x1p-1074") * 1.0 > 0  # denormal numbers count again
+    assert torch.get_num_threads() == threads and signal.getsignal(signal.SIGTERM) == handler
 
 
 def test_judges_learn_to_tell_noise_from_a_tone_and_then_say_what_is_missing() -> None:

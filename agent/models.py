@@ -11,6 +11,7 @@ import torch
 from agent.config import Config
 from agent.errors import UserError
 from agent.examples import prompt
+from agent.garbage import exempt_what_is_here
 from agent.graphs import Progress, graphs
 from agent.reply import Dialogue
 from stages import SAMPLE_RATE
@@ -88,6 +89,7 @@ class Models:
             Vocoder.load(layout, device, made.get("vocoder"), made.get("durations")),
         )
         models.warm_up()
+        exempt_what_is_here()
         return models
 
     def warm_up(self) -> None:

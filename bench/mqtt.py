@@ -19,7 +19,6 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Annotated, Any
 
-import aiomqtt
 import numpy as np
 import typer
 
@@ -28,6 +27,7 @@ from agent.events import TurnEnded
 from agent.playback import Clocked
 from agent.session import Session
 from bench.played import PlayedModels
+from bench.raw_mqtt import RawClient, publish
 from bench.report import RESULTS, about, save
 from stages import SAMPLE_RATE
 from tests.mosquitto import Mosquitto
@@ -116,33 +116,29 @@ async def local(models: PlayedModels, config: Config, requests: Requests) -> Non
 async def remote(port: int, name: str, requests: Requests) -> None:
     """One device at the broker."""
     base = f"spirit/{name}"
-    async with aiomqtt.Client("127.0.0.1", port, identifier=name, timeout=30) as client:
-        for topic, qos in (("audio/out", 0), ("event", 1)):
-            await client.subscribe(f"{base}/{topic}", qos)
-        reading = asyncio.create_task(_read(client, requests))
-        sequence = 0
-        async for chunk in requests.chunks():
-            head = struct.pack("<BBHIIi", 1, 0, SAMPLE_RATE, sequence, sequence * CHUNK, 0)
-            pcm = (chunk * 32767).astype("<i2").tobytes()
-            await client.publish(f"{base}/audio/in", head + pcm)
-            sequence += 1
-        reading.cancel()
-        await asyncio.gather(reading, return_exceptions=True)
 
-
-async def _read(client: aiomqtt.Client, requests: Requests) -> None:
-    async for message in client.messages:
-        assert isinstance(message.payload, bytes)
-        if message.topic.value.endswith("audio/out"):
+    def arrived(topic: str, payload: bytes) -> None:
+        if topic.endswith("audio/out"):
             requests.sounded()
-        elif b'"turn-ended"' in message.payload:
+        elif b'"turn-ended"' in payload:
             requests.over()
+
+    client = await RawClient.open(port, name, [f"{base}/audio/out", f"{base}/event"], arrived)
+    sequence = 0
+    async for chunk in requests.chunks():
+        head = struct.pack("<BBHIIi", 1, 0, SAMPLE_RATE, sequence, sequence * CHUNK, 0)
+        pcm = (chunk * 32767).astype("<i2").tobytes()
+        client.write(publish(f"{base}/audio/in", head + pcm))
+        sequence += 1
+    client.close()
 
 
 async def measure(count: int, seconds: float, port: int | None, config: Config) -> list[Requests]:
     """So many devices at once: at a broker, or without one in this process."""
     start = time.perf_counter() + 0.5
-    every = [Requests(start + n / count, start + seconds) for n in range(count)]
+    # Nothing keeps devices in step: neither their packets nor their requests begin together.
+    phases = np.random.default_rng(count).uniform(0.0, 1.0, count)
+    every = [Requests(start + phase, start + seconds) for phase in phases]
     if port is None:
         models = PlayedModels(config, UNITS)
         await asyncio.gather(*(local(models, config, each) for each in every))

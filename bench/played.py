@@ -19,6 +19,7 @@ import numpy as np
 import typer
 
 from agent.config import Config, load_config
+from agent.garbage import exempt_what_is_here
 from agent.models import Models
 from agent.reply import Dialogue
 from stages.encoder import Revision
@@ -169,6 +170,7 @@ async def _serve(url: str, config: Config, units: int) -> None:
     from agent.mqtt_link import Broker
 
     service = Service(Broker.parse(url, config.mqtt), played(config, units), config)
+    exempt_what_is_here()  # as after the loading of real models
     work = asyncio.create_task(service.run())
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, work.cancel)
     ready = asyncio.create_task(service.connected())

@@ -370,6 +370,12 @@ def corpus(
     return report
 
 
+def corpus_seed(work: Path) -> int:
+    """The seed that the corpus under ``work`` was made with; 0 where that is not known."""
+    path = work / "reports" / "corpus.json"
+    return int(json.loads(path.read_text(encoding="utf-8"))["seed"]) if path.is_file() else 0
+
+
 def dialogs(asked: Collection[str], seed: int = 0) -> Iterator[dict[str, Any]]:
     """The rows of dialogs.jsonl: one for each request, dialogue before it and right reply.
 

@@ -26,7 +26,7 @@ import typer
 from rich.progress import track
 
 from recipes import dialogues, domain, report
-from recipes.corpus import read_manifest
+from recipes.corpus import corpus_seed, read_manifest
 from recipes.nano import Nano, Turn, fingerprint
 from recipes.scoring import RECOGNIZER, Recognizer, rate, spoken, word_errors
 from recipes.strangers import human_prompts, joe_requests
@@ -284,8 +284,8 @@ def evaluate(
         raise FileNotFoundError(f"no heldout recordings in {folder}: run `recipes corpus` first")
     sampling = sampling or Sampling(temperature=0.7, top_p=0.9, seed=seed)
     nano, judge = Nano(checkpoint, sampling, threads), Recognizer(threads)
-    corpus_seed = _corpus_seed(reports)
-    first, exam = domain.build(corpus_seed), Exam(dialogues.load(corpus_seed))
+    drawn = corpus_seed(work)
+    first, exam = domain.build(drawn), Exam(dialogues.load(drawn))
     mark = fingerprint(checkpoint, sampling)
     sets = choose_sets(rows, first, limit, seed)
     groups = choose_groups(sets, choose_sets(rows, exam.added, limit, seed), folder)
@@ -351,11 +351,6 @@ def choose_groups(
         for prefix, sets in (("", first), (ADDED, added))
         for name in ("trained", "unseen")
     }
-
-
-def _corpus_seed(reports: Path) -> int:
-    path = reports / "corpus.json"
-    return int(json.loads(path.read_text(encoding="utf-8"))["seed"]) if path.is_file() else 0
 
 
 def _example(row: Row) -> Row:

@@ -1,9 +1,10 @@
 """``python -m recipes lm``: train nano's language model and write it in the official layout.
 
-The schedule is by the clock: ``--minutes`` of training on one thread, whatever the machine makes
-of them. The state is saved every two minutes; a run that was interrupted goes on from there, also
-with another mix. The log tells the losses by kind of token, and every ten minutes what matters:
-how well held-out requests are transcribed and how many are answered rightly.
+The schedule is by the clock: ``--minutes`` of training, whatever the machine makes of them; or,
+for a run that can be repeated exactly, by ``--steps``. The state is saved every two minutes; a run
+that was interrupted goes on from there, also with another mix. The log tells the losses by kind of
+token, and every ten minutes what matters: how well held-out requests are transcribed and how many
+are answered rightly. On several GPUs: ``torchrun --standalone --nproc-per-node 2 -m recipes lm``.
 
 Besides the streams themselves, it learns from what is being said at each of their tokens (see
 lm_hints.py): without that, a good part of the time goes by until it finds out where to look.
@@ -16,10 +17,12 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
@@ -27,7 +30,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from recipes import dialogues, lm_hints
+from agent.errors import UserError
+from recipes import chance, dialogues, lm_hints, together
+from recipes.board import Board
+from recipes.clock import Stopwatch
+from recipes.corpus import corpus_seed
 from recipes.lm_corpus import Corpus, Vocabulary, load_corpus, load_units
 from recipes.lm_data import DEFAULT_MIX, KINDS, REPLY_UNITS, WEIGHTS, Streams
 from recipes.lm_measure import heldout_questions, measure
@@ -87,11 +94,18 @@ class Settings:
 class Trainer:
     """Model, optimiser, and where the run is."""
 
-    def __init__(self, settings: Settings, vocabulary: Vocabulary, streams: Streams) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        vocabulary: Vocabulary,
+        streams: Streams,
+        device: torch.device | None = None,
+    ) -> None:
         torch.manual_seed(settings.seed)
         self.settings, self.streams = settings, streams
-        self.model = TrainableLlama(settings.config(len(vocabulary)))
-        self.heads = lm_hints.Heads(settings.hidden, len(streams.phones))
+        self.device = device or torch.device("cpu")
+        self.model = TrainableLlama(settings.config(len(vocabulary))).to(self.device)
+        self.heads = lm_hints.Heads(settings.hidden, len(streams.phones)).to(self.device)
         self.text_pieces = vocabulary.text_tag  # the ids before it
         self.optimizers = self._optimizers()
         self.step, self.seconds, self.tokens = 0, 0.0, 0
@@ -123,14 +137,15 @@ class Trainer:
 
     def train_step(self, share: float) -> tuple[Tensor, Tensor]:
         """One step; returns sum of losses and number of tokens by kind."""
-        started = time.monotonic()
+        watch = Stopwatch()
         s = self.settings
         long = s.long_every > 0 and self.step % s.long_every == s.long_every - 1
         rows, length = (max(1, s.rows // 2), 2 * s.length) if long else (s.rows, s.length)
-        batch = self.streams.batch(self.step, rows, length)
-        loss, sums, counts = self._losses(*(torch.from_numpy(a) for a in batch))
+        batch = self.streams.batch(self.step * together.size() + together.rank(), rows, length)
+        loss, sums, counts = self._losses(*(torch.from_numpy(a).to(self.device) for a in batch))
         loss.backward()
         parameters = [*self.model.parameters(), *self.heads.parameters()]
+        together.average(parameters)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -138,15 +153,16 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad()
         self.step += 1
-        self.tokens += rows * length
-        self.seconds += time.monotonic() - started
-        return sums, counts
+        self.tokens += rows * length * together.size()
+        (self.seconds,) = together.agree(self.seconds + watch.lap(), device=self.device)
+        return sums.cpu(), counts.cpu()
 
     def _losses(self, ids: Tensor, kinds: Tensor, hints: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What to make smaller, and for the log sum of losses and number of tokens by kind."""
         kinds_before, kind = kinds[:, :-1], kinds[:, 1:]
-        wanted = torch.tensor(WEIGHTS)[kind] > 0
-        with torch.autocast("cpu", torch.bfloat16):
+        weights = torch.tensor(WEIGHTS, device=self.device)
+        wanted = weights[kind] > 0
+        with torch.autocast(self.device.type, torch.bfloat16):
             states = self.model.states(ids[:, :-1])
             logits = self.model.logits(states[-1][wanted])
             extra, parts = self.heads(
@@ -157,9 +173,9 @@ class Trainer:
                 kinds_before == REPLY_UNITS,
             )
         losses = F.cross_entropy(logits.float(), ids[:, 1:][wanted], reduction="none")
-        weight = torch.tensor(WEIGHTS)[kind[wanted]]
+        weight = weights[kind[wanted]]
         self.told = {k: 0.9 * self.told.get(k, v) + 0.1 * v for k, v in parts.items()}
-        sums = torch.zeros(len(KINDS)).index_add_(0, kind[wanted], losses.detach())
+        sums = losses.new_zeros(len(KINDS)).index_add_(0, kind[wanted], losses.detach())
         counts = torch.bincount(kind[wanted], minlength=len(KINDS))
         return (losses * weight).sum() / weight.sum() + extra, sums, counts
 
@@ -177,9 +193,18 @@ class Trainer:
         torch.save(state, partial)
         partial.replace(path)
 
+    @torch.no_grad()
+    def losses(self, ids: np.ndarray) -> np.ndarray:
+        """Loss of every token of ``[rows, length + 1]`` but the first, in nats, float32."""
+        given = torch.from_numpy(ids).to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            logits = self.model(given[:, :-1]).float()
+        lost = F.cross_entropy(logits.transpose(1, 2), given[:, 1:], reduction="none")
+        return np.asarray(lost.cpu().numpy())
+
     def begin_with(self, path: Path) -> None:
         """Take over what another run has learnt; not its optimiser nor its clock."""
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, weights_only=True, map_location=self.device)
         self.model.load_state_dict(state["model"])
         phones = state.get("heads", {}).get("phone.weight")
         if phones is not None and phones.shape == self.heads.phone.weight.shape:
@@ -187,7 +212,7 @@ class Trainer:
 
     def resume(self, path: Path) -> None:
         """Go on from a saved state."""
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, weights_only=True, map_location=self.device)
         self.model.load_state_dict(state["model"])
         self.heads.load_state_dict(state["heads"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
@@ -212,11 +237,26 @@ def write_model(model: TrainableLlama, tokenizer: Path, out: Path) -> None:
 # ------------------------------------------------------------------------------------- the run
 
 
+@dataclass(frozen=True)
+class Until:
+    """When training ends: after ``steps``, or where there are none after ``minutes``."""
+
+    minutes: float
+    steps: int | None = None
+
+    def share(self, trainer: Trainer) -> float:
+        """How much of it is over, 0 to 1."""
+        if self.steps is None:
+            return trainer.seconds / max(60 * self.minutes, 1e-9)
+        return trainer.step / max(self.steps, 1)
+
+
 class Log:
-    """Losses by kind, to the console and to ``log.jsonl``."""
+    """Losses by kind, to the console, to ``log.jsonl`` and to TensorBoard's ``folder``."""
 
     def __init__(self, path: Path, console: Console, tokens: int = 0) -> None:
         self.path, self.console = path, console
+        self.board = Board(path.parent.parent / "tensorboard" / "lm")
         self.sums, self.counts = torch.zeros(len(KINDS)), torch.zeros(len(KINDS))
         self.since, self.tokens = time.monotonic(), tokens
 
@@ -236,12 +276,13 @@ class Log:
             **{k: round(m, 3) for k, m in list(zip(KINDS, means, strict=True))[1:]},
             **{k: round(v, 3) for k, v in trainer.told.items()},
         }
-        self.record(row)
+        self.record(row, trainer.step)
         self.sums.zero_()
         self.counts.zero_()
         self.since, self.tokens = now, trainer.tokens
 
-    def record(self, row: dict[str, Any]) -> None:
+    def record(self, row: dict[str, Any], step: int = 0) -> None:
+        self.board.add(step, row)
         with self.path.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(row) + "\n")
         text = ", ".join(f"{k} {v}" for k, v in row.items() if k != "examples")
@@ -252,23 +293,25 @@ class Log:
 
 def run(
     trainer: Trainer,
-    minutes: float,
+    until: Until,
     work: Path,
     tokenizer: Path,
     corpus: Corpus,
     world: dialogues.Dialogues,
     log: Log,
 ) -> None:
-    """Train until the clock says stop, saving and measuring on the way."""
+    """Train until the end, saving and measuring on the way."""
     questions = heldout_questions(corpus, world)
     vocabulary = trainer.streams.vocabulary
     due = dict.fromkeys(("save", "measure", "log"), time.monotonic())
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=log.console) as progress:
-        task = progress.add_task("lm", total=minutes * 60, completed=int(trainer.seconds))
-        while trainer.seconds < minutes * 60:
-            log.add(*trainer.train_step(trainer.seconds / (minutes * 60)))
-            progress.update(task, completed=trainer.seconds, description=f"step {trainer.step}")
+    with Progress(*columns, console=log.console, disable=not together.first()) as progress:
+        task = progress.add_task("lm", total=1.0)
+        while (share := until.share(trainer)) < 1:
+            log.add(*trainer.train_step(share))
+            progress.update(task, completed=share, description=f"step {trainer.step}")
+            if not together.first():
+                continue
             now = time.monotonic()
             if now - due["log"] > LOG_SECONDS:
                 log.write(trainer)
@@ -278,9 +321,10 @@ def run(
                 due["save"] = now
             if now - due["measure"] > MEASURE_SECONDS:
                 write_model(trainer.model, tokenizer, work / "snapshot")
-                log.record(measure(work / "snapshot", vocabulary, questions, world))
+                log.record(measure(work / "snapshot", vocabulary, questions, world), trainer.step)
                 due["measure"] = time.monotonic()
-    trainer.save(work / "state.pt")
+    if together.first():
+        trainer.save(work / "state.pt")
 
 
 def main(
@@ -291,36 +335,102 @@ def main(
     minutes: Annotated[
         float, typer.Option(help="Minutes of training, resumed ones included.")
     ] = 100,
+    steps: Annotated[
+        int | None, typer.Option(help="Train so many steps instead, however long that takes.")
+    ] = None,
     weights: Annotated[
         Path | None, typer.Option(help="state.pt of an earlier run to begin with.")
     ] = None,
     mix: Annotated[str, typer.Option(help="Shares of turns to change: dialog=0.4,asr=0.2")] = "",
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    hidden: Annotated[int, typer.Option(help="Width; 64 for each head.")] = Settings.hidden,
+    layers: Annotated[int, typer.Option(help="Layers.")] = Settings.layers,
+    rows: Annotated[int, typer.Option(help="Sequences of 512 tokens a step.")] = Settings.rows,
     rate: Annotated[float, typer.Option(help="Highest learning rate.")] = Settings.rate,
     noise: Annotated[float, typer.Option(help="Highest rate of replaced units.")] = Settings.noise,
     seed: Annotated[int, typer.Option(help="Seed of weights and streams.")] = 0,
+    measured: Annotated[
+        int, typer.Option(help="Held-out requests of each kind to answer at the end.")
+    ] = FINALLY_MEASURED,
+    margin: Annotated[
+        float | None, typer.Option(help="Fail if held-out loss is not so far below chance, nats.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
 ) -> None:
     """Train nano's language model; resumes where an earlier run stopped."""
     torch.set_num_threads(threads)
-    settings = Settings(rate=rate, noise=noise, seed=seed, mix=parse_mix(mix))
-    vocabulary = Vocabulary(out / "tokenizer.model")
-    world = dialogues.load()
-    trainer, corpus = train(settings, vocabulary, work, minutes, out, world, weights)
-    write_model(trainer.model, out, out)
-    final = measure(out, vocabulary, heldout_questions(corpus, world, FINALLY_MEASURED), world)
-    Log(work / "lm" / "log.jsonl", Console()).record(final)
+    settings = sized(hidden, layers, rows, rate=rate, noise=noise, seed=seed, mix=parse_mix(mix))
+    world, until = dialogues.load(corpus_seed(work)), Until(minutes, steps)
+    vocabulary, place = Vocabulary(out / "tokenizer.model"), together.join(device)
+    trainer, corpora = train(settings, vocabulary, work, until, out, world, weights, place)
+    if together.first():
+        write_model(trainer.model, out, out)
+        questions = heldout_questions(corpora["heldout"], world, measured)
+        final = measure(out, vocabulary, questions, world)
+        final["nats"] = against_chance(trainer, corpora, world)
+        Log(work / "lm" / "log.jsonl", Console()).record(final, trainer.step)
+        _report(work / "reports" / "lm.json", final, trainer)
+        if margin is not None:
+            require(final["nats"]["all"]["gain"], margin)
+    together.leave()
+
+
+def sized(hidden: int, layers: int, rows: int, **others: Any) -> Settings:
+    """Settings for a size: 64 wide heads, the proportions of the default size in all else."""
+    if hidden % 64 or layers < 2:
+        raise UserError(f"lm: hidden {hidden}, layers {layers}: expected a multiple of 64, and 2")
+    return Settings(
+        hidden, layers, hidden // 64, hidden * 5 // 2, rows=rows,
+        middle=layers // 2, late=max(layers // 2, layers * 3 // 4), **others,
+    )  # fmt: skip
+
+
+def against_chance(
+    trainer: Trainer, corpora: Mapping[str, Corpus], world: dialogues.Dialogues
+) -> dict[str, dict[str, float]]:
+    """Losses on held-out turns beside guessing's (chance.py), in nats a token, by kind."""
+    vocabulary = trainer.streams.vocabulary
+    drawn = {
+        split: chance.turns(
+            Streams(corpus, vocabulary, chance.MIX, noise=0.0, examples=world.split(split)), steps
+        )
+        for (split, corpus), steps in zip(
+            corpora.items(), (chance.TRAINED, chance.JUDGED_BY), strict=True
+        )
+    }
+    gains = chance.compare(trainer.losses, drawn["train"], drawn["heldout"], len(vocabulary))
+    return {
+        name: {"loss": round(g.loss, 3), "chance": round(g.chance, 3), "gain": round(g.gain, 3)}
+        for name, g in gains.items()
+    }
+
+
+def require(gain: float, margin: float) -> None:
+    """Raises UserError for a model that is not ``margin`` nats a token better than guessing."""
+    if gain < margin:
+        raise UserError(
+            f"lm: held-out turns cost {gain:.2f} nats a token less than guessing, expected at "
+            f"least {margin}: train longer, or look into the log"
+        )
+
+
+def _report(path: Path, final: Mapping[str, Any], trainer: Trainer) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    row = {"steps": trainer.step, "minutes": round(trainer.seconds / 60, 2), **final}
+    path.write_text(json.dumps(row, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def train(
     settings: Settings,
     vocabulary: Vocabulary,
     work: Path,
-    minutes: float,
+    until: Until,
     tokenizer: Path,
     world: dialogues.Dialogues,
     weights: Path | None = None,
-) -> tuple[Trainer, Corpus]:
-    """Train for ``minutes``, or what is left of them, with state and log in {work}/lm.
+    device: torch.device | None = None,
+) -> tuple[Trainer, dict[str, Corpus]]:
+    """Train, or what is left of it, with state and log in {work}/lm.
 
     Args:
         tokenizer: folder of the files that a snapshot of the model needs beside its weights.
@@ -328,7 +438,7 @@ def train(
         weights: state of another run to begin with; its optimiser and clock are not taken over.
 
     Returns:
-        The trainer and the held-out part of the corpus.
+        The trainer, and the corpus by split.
     """
     folder = work / "lm"
     folder.mkdir(parents=True, exist_ok=True)
@@ -341,15 +451,16 @@ def train(
         settings.seed,
         examples=world.split("train"),
     )
-    trainer = Trainer(settings, vocabulary, streams)
+    trainer = Trainer(settings, vocabulary, streams, device)
     if (folder / "state.pt").is_file():
         trainer.resume(folder / "state.pt")
     elif weights is not None:
         trainer.begin_with(weights)
-    log = Log(folder / "log.jsonl", Console(), trainer.tokens)
-    log.record({"pid": os.getpid(), "from_step": trainer.step, **asdict(settings)})
-    run(trainer, minutes, folder, tokenizer, corpora["heldout"], world, log)
-    return trainer, corpora["heldout"]
+    log = Log(folder / "log.jsonl", Console(quiet=not together.first()), trainer.tokens)
+    if together.first():
+        log.record({"pid": os.getpid(), "from_step": trainer.step, **asdict(settings)})
+    run(trainer, until, folder, tokenizer, corpora["heldout"], world, log)
+    return trainer, corpora
 
 
 def parse_mix(text: str) -> dict[str, float]:

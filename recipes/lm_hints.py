@@ -123,7 +123,7 @@ class Heads(nn.Module):
                 F.linear(now(late[speaking]), embedding), hints[..., NOW][speaking], 1.0
             ),
         }
-        total = sum((WEIGHTS[k] * loss for k, loss in losses.items()), torch.zeros(()))
+        total = torch.stack([WEIGHTS[k] * loss for k, loss in losses.items()]).sum()
         return total, {k: float(loss.detach()) for k, loss in losses.items()}
 
 

@@ -13,6 +13,9 @@ import sentencepiece
 
 from recipes.dialogues import action_text
 from recipes.text_tokenizer import read_jsonl
+from stages.byte_pieces import BytePieces
+from stages.checkpoint import load_json
+from stages.pieces import Pieces
 from stages.units import Units, interleave
 
 REPLY_VOICE = "heart"
@@ -20,12 +23,18 @@ FRAMES_PER_SECOND = 25
 
 
 class Vocabulary:
-    """Ids by name, from a ``tokenizer.model`` in the official form."""
+    """Ids by name, from a ``tokenizer.model`` in the official form or a ``tokenizer.json``.
+
+    Attributes:
+        prefix: the ids with which every sequence begins.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.processor = sentencepiece.SentencePieceProcessor(str(path))
+        self.processor = _pieces(path)
         self.bos, self.eos = self.processor.bos_id(), self.processor.eos_id()
-        self.boundary = self.processor.PieceToId("▁")
+        # Sentencepiece puts a word boundary before a tag.
+        boundary = [] if path.suffix == ".json" else [self.processor.piece_to_id("▁")]
+        self.prefix = (self.bos, *boundary)
         self.text_tag, self.speech_tag = self.id("[Text]"), self.id("[Speech]")
         self._units: dict[str, np.ndarray] = {}
         for kind, count in (("Hu", 501), ("Pi", 64), ("St", 100)):
@@ -33,18 +42,18 @@ class Vocabulary:
             self._units[kind] = np.array(ids, dtype=np.int64)
 
     def __len__(self) -> int:
-        return len(self.processor)
+        return self.processor.get_piece_size()
 
     def id(self, name: str) -> int:
         """The id of a piece. Raises ValueError when there is none of that name."""
-        found = self.processor.PieceToId(name)
+        found = self.processor.piece_to_id(name)
         if found == self.processor.unk_id():
             raise ValueError(f"the tokenizer has no piece {name!r}")
         return int(found)
 
     def text(self, text: str) -> np.ndarray:
         """Ids of ``text`` as it stands after a tag: without a word boundary of its own."""
-        ids = self.processor.EncodeAsIds("[Text]" + text)
+        ids = self.processor.encode("[Text]" + text)
         return np.array(ids[ids.index(self.text_tag) + 1 :], dtype=np.int64)
 
     def unit(self, kind: str, index: int) -> int:
@@ -60,6 +69,12 @@ class Vocabulary:
     def style(self) -> np.ndarray:
         """Ids of all style units, by unit number."""
         return self._units["St"]
+
+
+def _pieces(path: Path) -> Pieces:
+    if path.suffix == ".json":
+        return BytePieces.load(path, load_json(path.with_name("tokenizer_config.json")))
+    return sentencepiece.SentencePieceProcessor(str(path))
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The token streams that nano learns from, drawn afresh at every training step.
 
-A sequence starts with ``<s>`` and the word-boundary piece and goes on with turns, each one drawn
-from a mix of kinds, until it is full. Every token carries the kind of thing it is, from which its
-weight in the loss and the losses in the log follow.
+A sequence starts with ``<s>`` and, in sentencepiece, the word-boundary piece, and goes on with
+turns, each one drawn from a mix of kinds, until it is full. Every token carries the kind of thing
+it is, from which its weight in the loss and the losses in the log follow.
 
     dialog       [Speech]{request}[Text]{transcript} | {plan}[Speech]{reply spoken}</s>
     interrupted  a dialog whose reply was broken off, its words and sounds as far as they were heard
@@ -166,8 +166,8 @@ class Streams:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """One sequence of exactly ``length`` tokens; the last turn is cut off."""
         v = self.vocabulary
-        parts = [Part(_ids(v.bos, v.boundary), MASKED)]
-        size = 2
+        parts = [Part(_ids(*v.prefix), MASKED)]
+        size = len(v.prefix)
         while size < length:
             name = self._names[rng.choice(len(self._names), p=self._shares)]
             turn = getattr(self, f"_{name}")(rng)

@@ -72,7 +72,7 @@ def ask(lm: LanguageModel, vocabulary: Vocabulary, question: Question) -> tuple[
     """
     v, recording = vocabulary, question.recording
     lm.reset()
-    lm.append([v.bos, v.boundary])
+    lm.append(v.prefix)
     for turn in question.example.before:
         past = transcript(turn.request) + SEPARATOR + turn.plan
         lm.append([v.text_tag, *v.text(past), v.eos])
@@ -86,7 +86,7 @@ def ask(lm: LanguageModel, vocabulary: Vocabulary, question: Question) -> tuple[
         ids.append(lm.decode(Sampling(greedy=True)))
         if ids[-1] in (v.speech_tag, v.eos):
             break
-    written = v.processor.DecodeIds(ids[:-1])
+    written = v.processor.decode(ids[:-1])
     if recording is None:
         return said, written.strip()
     heard, _, plan = written.partition(SEPARATOR.strip())

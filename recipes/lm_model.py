@@ -3,7 +3,8 @@
 Parameter names are those of ``LlamaForCausalLM``; a test holds it equal to ``stages.lm``. What is
 special is the attention: in bfloat16 torch's fused CPU attention took 45 % of a training step,
 while plain matrix products over blocks of 128 queries, each with the keys that it may see, are 2.9
-times faster (AMD EPYC with AVX512-BF16, one thread, 4 x 512 tokens).
+times faster (AMD EPYC with AVX512-BF16, one thread, 4 x 512 tokens). A GPU has a fused one of its
+own.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ BLOCK = 128  # queries
 
 
 class TrainableLlama(nn.Module):
-    """Llama with tied embeddings and as many key as query heads, for training.
+    """Llama with tied embeddings, for training.
 
     Args:
         config: the content of ``config.json`` (Hugging Face's names).
@@ -52,13 +53,14 @@ class TrainableLlama(nn.Module):
         batch, length = ids.shape
         x = self.model.embed_tokens(ids)
         heads = self.config["num_attention_heads"]
-        cos, sin = self._rotary(length, x.shape[-1] // heads)
+        kv_heads = self.config["num_key_value_heads"]
+        cos, sin = self._rotary(length, x.shape[-1] // heads, x.device)
         states: list[Tensor] = []
         for layer in self.model.layers:
             assert isinstance(layer, _Layer)
             h = self._norm(x, layer.input_layernorm)
-            qkv = F.linear(h, layer.self_attn.qkv()).view(batch, length, 3 * heads, -1)
-            x = x + layer.self_attn.o_proj(_attend(qkv, heads, cos, sin))
+            qkv = F.linear(h, layer.self_attn.qkv()).view(batch, length, heads + 2 * kv_heads, -1)
+            x = x + layer.self_attn.o_proj(_attend(qkv, heads, kv_heads, cos, sin))
             h = self._norm(x, layer.post_attention_layernorm)
             gate, up = F.linear(h, layer.mlp.gate_up()).chunk(2, -1)
             x = x + layer.mlp.down_proj(F.silu(gate) * up)
@@ -72,14 +74,14 @@ class TrainableLlama(nn.Module):
     def _norm(self, x: Tensor, norm: _Norm) -> Tensor:
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * norm.weight
 
-    def _rotary(self, length: int, dim: int) -> tuple[Tensor, Tensor]:
+    def _rotary(self, length: int, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
         if self._tables is None or self._tables[0].shape[0] != length:
             inverse = self.config["rope_theta"] ** -(torch.arange(0, dim, 2).float() / dim)
             angles = torch.outer(torch.arange(length).float(), inverse)
             cos, sin = angles.cos(), angles.sin()
             self._tables = (
-                torch.cat((cos, cos), -1)[:, None],
-                torch.cat((-sin, sin), -1)[:, None],
+                torch.cat((cos, cos), -1)[:, None].to(device),
+                torch.cat((-sin, sin), -1)[:, None].to(device),
             )
         return self._tables
 
@@ -95,10 +97,11 @@ class _Norm(nn.Module):
 
 
 class _Attention(nn.Module):
-    def __init__(self, hidden: int) -> None:
+    def __init__(self, hidden: int, shared: int) -> None:
+        """``shared``: width of all keys, and of all values; several queries may share one."""
         super().__init__()
-        self.q_proj, self.k_proj = _matrix(hidden, hidden), _matrix(hidden, hidden)
-        self.v_proj, self.o_proj = _matrix(hidden, hidden), _matrix(hidden, hidden)
+        self.q_proj, self.k_proj = _matrix(hidden, hidden), _matrix(hidden, shared)
+        self.v_proj, self.o_proj = _matrix(hidden, shared), _matrix(hidden, hidden)
 
     def qkv(self) -> Tensor:
         return torch.cat((self.q_proj.weight, self.k_proj.weight, self.v_proj.weight))
@@ -116,10 +119,10 @@ class _Mlp(nn.Module):
 
 
 class _Layer(nn.Module):
-    def __init__(self, hidden: int, intermediate: int) -> None:
+    def __init__(self, hidden: int, shared: int, intermediate: int) -> None:
         super().__init__()
         self.input_layernorm, self.post_attention_layernorm = _Norm(hidden), _Norm(hidden)
-        self.self_attn, self.mlp = _Attention(hidden), _Mlp(hidden, intermediate)
+        self.self_attn, self.mlp = _Attention(hidden, shared), _Mlp(hidden, intermediate)
 
 
 class _Body(nn.Module):
@@ -128,9 +131,10 @@ class _Body(nn.Module):
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
         hidden, intermediate = config["hidden_size"], config["intermediate_size"]
+        shared = hidden * config["num_key_value_heads"] // config["num_attention_heads"]
         layers = range(config["num_hidden_layers"])
         self.embed_tokens = nn.Embedding(config["vocab_size"], hidden)
-        self.layers = nn.ModuleList(_Layer(hidden, intermediate) for _ in layers)
+        self.layers = nn.ModuleList(_Layer(hidden, shared, intermediate) for _ in layers)
         self.norm = _Norm(hidden)
 
 
@@ -138,16 +142,25 @@ def _matrix(inputs: int, outputs: int) -> nn.Linear:
     return nn.Linear(inputs, outputs, bias=False)
 
 
-def _attend(qkv: Tensor, heads: int, cos: Tensor, sin: Tensor) -> Tensor:
-    """Causal attention of ``[B, T, 3 H, D]``; ``[B, T, H D]``."""
+def _attend(qkv: Tensor, heads: int, kv_heads: int, cos: Tensor, sin: Tensor) -> Tensor:
+    """Causal attention of ``[B, T, H + 2 KV, D]``; ``[B, T, H D]``."""
     batch, length, _, dim = qkv.shape
-    rotated = rotate(qkv[:, :, : 2 * heads], cos.to(qkv.dtype), sin.to(qkv.dtype))
+    both = heads + kv_heads
+    rotated = rotate(qkv[:, :, :both], cos.to(qkv.dtype), sin.to(qkv.dtype))
+    query, key, value = rotated[:, :, :heads], rotated[:, :, heads:], qkv[:, :, both:]
+    if qkv.is_cuda:
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        out = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, enable_gqa=kv_heads != heads
+        )
+        return out.transpose(1, 2).reshape(batch, length, heads * dim)
 
     def flat(x: Tensor) -> Tensor:
+        if x.shape[2] != heads:
+            x = x.repeat_interleave(heads // kv_heads, 2)
         return x.transpose(1, 2).reshape(batch * heads, length, dim)
 
-    query, key = flat(rotated[:, :, :heads] * dim**-0.5), flat(rotated[:, :, heads:])
-    out = BlockAttention.apply(query, key, flat(qkv[:, :, 2 * heads :]))
+    out = BlockAttention.apply(flat(query * dim**-0.5), flat(key), flat(value))
     return out.view(batch, heads, length, dim).transpose(1, 2).reshape(batch, length, heads * dim)
 
 

@@ -99,8 +99,8 @@ class _Vocabulary:
         if tokenizer.is_special(i) or tokenizer.id_to_unit(i) or tokenizer.id_to_tag(i):
             self.special_token_ids.append(i)
             return b"\xff" + piece.encode()  # no text has this byte
-        if (byte := tokenizer.id_to_byte(i)) is not None:
-            return bytes([byte])
+        if (part := tokenizer.id_to_bytes(i)) is not None:
+            return part
         return piece.replace(SPACE, " ").encode()
 
     def __call__(self, text: str | bytes) -> list[int]:

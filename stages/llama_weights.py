@@ -1,9 +1,9 @@
 """Reading ``LlamaForCausalLM`` weights in every form in which they are published.
 
 ``config.json`` with ``pytorch_model.bin`` or ``model.safetensors``, whole or in shards listed by an
-``*.index.json``. The final buffers are allocated once, in the wanted type and on the wanted device,
-and the tensors of the (memory-mapped) files are copied into them one by one: a 7B model needs its
-own size and no more.
+``*.index.json``; or with an adapter of another model (:mod:`stages.llama_adapter`). The final
+buffers are allocated once, in the wanted type and on the wanted device, and the tensors of the
+(memory-mapped) files are copied into them one by one: a 7B model needs its own size and no more.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from stages.checkpoint import CheckpointError, check_tensor, load_json, load_state, require
+from stages.llama_adapter import ADAPTER, adapted_tensors
 from stages.lm_linear import Dense, Linear, halved, scaled
 
 _FILES = (
+    ADAPTER,
     "model.safetensors.index.json",
     "pytorch_model.bin.index.json",
     "model.safetensors",
@@ -314,6 +316,9 @@ def _find_weights(folder: Path) -> tuple[Path, list[Path]]:
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, Any]]:
+    if path.name == ADAPTER:
+        yield from adapted_tensors(path)
+        return
     state = load_state(path)
     if not isinstance(state, Mapping):
         raise CheckpointError(f"{path}: expected a state dict, found a {type(state).__name__}")

@@ -1,9 +1,10 @@
-"""The pieces of a sentencepiece model: reading the file, and turning pieces back to characters."""
+"""The pieces of a vocabulary: reading its file, and turning pieces back to characters."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 import sentencepiece
 
@@ -15,17 +16,36 @@ SPACE = "\u2581"
 _USER_DEFINED, _UNUSED = 4, 5  # piece types of sentencepiece_model.proto
 
 
+class Pieces(Protocol):
+    """What is used of a sentencepiece processor, and what any other vocabulary must offer.
+
+    A byte piece stands for bytes that are no whole characters; its name is ``<0x`` hexadecimal
+    ``>``. In the other names "\u2581" stands for a space.
+    """
+
+    def get_piece_size(self) -> int: ...
+    def bos_id(self) -> int: ...
+    def eos_id(self) -> int: ...
+    def unk_id(self) -> int: ...
+    def id_to_piece(self, id: int) -> str: ...
+    def piece_to_id(self, piece: str) -> int: ...
+    def is_byte(self, id: int) -> bool: ...
+    def is_control(self, id: int) -> bool: ...
+    def encode(self, input: str) -> list[int]: ...
+    def decode(self, input: list[int]) -> str: ...
+
+
 class Utf8:
-    """Puts bytes that come one by one together to characters, as sentencepiece does."""
+    """Puts bytes that come piece by piece together to characters, as sentencepiece does."""
 
     def __init__(self) -> None:
         self._pending = b""
 
-    def push(self, part: str | int) -> str:
-        """A piece, or the value of a byte piece; the text that is complete with it."""
+    def push(self, part: str | bytes) -> str:
+        """A piece, or the bytes of a byte piece; the text that is complete with it."""
         if isinstance(part, str):
             return self.flush() + part.replace(SPACE, " ")
-        self._pending += bytes((part,))
+        self._pending += part
         text = ""
         while self._pending:
             try:

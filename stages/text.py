@@ -1,10 +1,11 @@
-"""Token ids: text pieces, tags and units of one sentencepiece vocabulary.
+"""Token ids: text pieces, tags and units of one vocabulary.
 
-The speech tokens (``[Text]``, ``[Speech]``, ``[Hu0]``...) are user-defined pieces of
-``tokenizer.model``, or listed in ``added_tokens.json`` (or ``added_tokens_decoder`` of
-``tokenizer_config.json``); both are brought to the first form. They are found by name, never by
-number. Control tokens never come out of text: ``<s>`` typed by somebody stays four characters
-(DESIGN.md section 6).
+It is a sentencepiece model, ``tokenizer.model``, or a byte-level BPE, ``tokenizer.json``
+(:mod:`stages.byte_pieces`). The speech tokens (``[Text]``, ``[Speech]``, ``[Hu0]``...) are
+user-defined pieces of ``tokenizer.model``, or listed in ``added_tokens.json`` (or
+``added_tokens_decoder`` of ``tokenizer_config.json``), which is brought to the first form; or added
+tokens of ``tokenizer.json``. They are found by name, never by number. Control tokens never come out
+of text: ``<s>`` typed by somebody stays four characters (DESIGN.md section 6).
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import sentencepiece
 import torch
 from torch import Tensor
 
+from stages.byte_pieces import BytePieces
 from stages.checkpoint import CheckpointError, Layout, load_json
-from stages.pieces import SPACE, Utf8, load_pieces
+from stages.pieces import SPACE, Pieces, Utf8, load_pieces
 from stages.prompt import SPEECH_TAG, TEXT_TAG, Modality
 from stages.units import HUBERT, KINDS, Unit, UnitFrame
 
@@ -33,13 +34,14 @@ class Tokenizer:
         text_tag, speech_tag: ids of ``[Text]`` and ``[Speech]``.
         size: ids that have a piece.
         vocab_size: rows of the embedding; those from ``size`` on are padding.
+        spaced: a string is encoded with a space before it, which decoding takes away.
         legacy: the flag of ``tokenizer_config.json``; it only changes the spaces that
             :meth:`decode` gives.
     """
 
     def __init__(
         self,
-        processor: sentencepiece.SentencePieceProcessor,
+        processor: Pieces,
         *,
         rows: int | None = None,
         legacy: bool = True,
@@ -59,9 +61,14 @@ class Tokenizer:
         self.unk = processor.unk_id()
         self._pieces: list[str] = [processor.id_to_piece(i) for i in range(self.size)]
         self._bytes = {
-            i: int(piece[3:5], 16) for i, piece in enumerate(self._pieces) if processor.is_byte(i)
+            i: bytes.fromhex(piece[3:-1])
+            for i, piece in enumerate(self._pieces)
+            if processor.is_byte(i)
         }
-        self._special = {self.unk, self.bos, self.eos}
+        controls = {i for i in range(self.size) if processor.is_control(i)}
+        self._special = {self.unk, self.bos, self.eos, *controls}
+        # Sentencepiece puts a space before what it encodes, and takes one away when it decodes.
+        self.spaced = not isinstance(processor, BytePieces)
         self._units: dict[int, Unit] = {}
         for i, piece in enumerate(self._pieces):
             if match := _UNIT.fullmatch(piece):
@@ -82,20 +89,27 @@ class Tokenizer:
         """
         folder = source.lm if isinstance(source, Layout) else Path(source)
         path = folder / "tokenizer.model"
-        if not path.is_file():
-            raise CheckpointError(f"{path}: no such file. Is the checkpoint complete?")
+        byte_level = folder / "tokenizer.json"
+        if not path.is_file() and not byte_level.is_file():
+            raise CheckpointError(
+                f"{path}: no such file, nor is there a {byte_level.name}. Is the checkpoint "
+                "complete?"
+            )
         optional = {}
         for name in ("config", "tokenizer_config", "added_tokens"):
             file = folder / f"{name}.json"
             optional[name] = load_json(file) if file.is_file() else {}
-        settings = optional["tokenizer_config"]
+        settings, rows = optional["tokenizer_config"], optional["config"].get("vocab_size")
+        if not path.is_file():
+            pieces = BytePieces.load(byte_level, settings)
+            return cls(pieces, rows=rows, legacy=False, source=byte_level)
         added = dict(optional["added_tokens"])
         for number, token in settings.get("added_tokens_decoder", {}).items():
             added[token["content"]] = int(number)
         legacy = settings.get("legacy")
         return cls(
             load_pieces(path, added),
-            rows=optional["config"].get("vocab_size"),
+            rows=rows,
             legacy=True if legacy is None else bool(legacy),
             source=path,
         )
@@ -109,7 +123,8 @@ class Tokenizer:
         if missing:
             raise CheckpointError(
                 f"{source}: no piece {', '.join(missing)}. The speech tokens must be user-defined "
-                "pieces of tokenizer.model or stand in added_tokens.json beside it"
+                "pieces of tokenizer.model, stand in added_tokens.json beside it, or be added "
+                "tokens of tokenizer.json"
             )
         if self.vocab_size < self.size:
             raise CheckpointError(
@@ -147,7 +162,7 @@ class Tokenizer:
         if skip_special_tokens:
             kept = [i for i in kept if i not in self._special]
         string = ""
-        run: list[str | int] = []
+        run: list[str | bytes] = []
         after_special = False
         for position, i in enumerate(kept):
             piece = self._pieces[i]
@@ -155,16 +170,16 @@ class Tokenizer:
                 gap = " " if self.legacy and position > 0 and not after_special else ""
                 string += gap + self._join(run) + piece
                 run = []
-            elif position == 1 and after_special and not piece.startswith(SPACE):
+            elif self.spaced and position == 1 and after_special and not piece.startswith(SPACE):
                 string += " "
                 run.append(self._bytes.get(i, piece))
             else:
-                bare = piece.removeprefix(SPACE) if position == 0 else piece
+                bare = piece.removeprefix(SPACE) if self.spaced and position == 0 else piece
                 run.append(self._bytes.get(i, bare))
             after_special = i in self._special
         return string + self._join(run)
 
-    def _join(self, run: Sequence[str | int]) -> str:
+    def _join(self, run: Sequence[str | bytes]) -> str:
         """Pieces and bytes to text; with ``legacy``, without the word-boundary piece's space."""
         utf8 = Utf8()
         text = "".join(utf8.push(part) for part in run) + utf8.flush()
@@ -199,8 +214,8 @@ class Tokenizer:
         """``TEXT`` or ``SPEECH`` for the id of a tag; None for everything else."""
         return {self.text_tag: Modality.TEXT, self.speech_tag: Modality.SPEECH}.get(i)
 
-    def id_to_byte(self, i: int) -> int | None:
-        """The byte that the id ``i`` stands for; None if it stands for a piece of text."""
+    def id_to_bytes(self, i: int) -> bytes | None:
+        """The bytes that the id ``i`` stands for; None if it stands for whole characters."""
         return self._bytes.get(i)
 
     def is_special(self, i: int) -> bool:
@@ -219,8 +234,8 @@ class Tokenizer:
         """What may be sampled: bool ``[vocab_size]``, True = allowed.
 
         ``TEXT`` bans units and both tags, ``SPEECH`` all but units, ``ANY`` nothing; the end of
-        the sequence stays possible. Padding rows are banned, except with ``compat``, which
-        reproduces the reference.
+        the sequence stays possible. Padding rows and further control tokens are banned, except
+        with ``compat``, which reproduces the reference.
 
         Args:
             also: ids allowed besides, such as the tag that ends a stretch of the modality.
@@ -238,6 +253,7 @@ class Tokenizer:
         allowed[[self.eos, *also]] = True
         if not compat:
             allowed[self.size :] = False
+            allowed[list(self._special - {self.bos, self.eos, self.unk})] = False
         return allowed
 
 
@@ -331,7 +347,7 @@ class IncrementalDecoder:
     def reset(self) -> None:
         """A new stream."""
         self._utf8 = Utf8()
-        self._first = not self._continuing
+        self._first = self._tokenizer.spaced and not self._continuing
 
     def push(self, i: int) -> list[Decoded]:
         """What the id ``i`` adds; often nothing or one item, text in front of a unit before it."""
@@ -343,7 +359,7 @@ class IncrementalDecoder:
             text = self._utf8.flush()
             self._first = False
             return [text, said] if text else [said]
-        piece: str | int = tokenizer._bytes.get(i, tokenizer._pieces[i])
+        piece: str | bytes = tokenizer._bytes.get(i, tokenizer._pieces[i])
         if self._first and isinstance(piece, str):
             piece = piece.removeprefix(SPACE)
         self._first = False

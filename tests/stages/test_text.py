@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from small_base import CONTROLS, byte_level_bpe
+from tokenizers import AddedToken
 
 from stages.checkpoint import CheckpointError
 from stages.prompt import Modality
@@ -20,16 +22,34 @@ shared = settings(suppress_health_check=list(HealthCheck))
 
 WORDS = st.text("abet hil.,'!<s>/[]Hu1\u2581\né日😀", max_size=12)
 TOKENS = st.builds("[{}{}]".format, st.sampled_from(["Hu", "Pi", "St"]), st.integers(0, 70))
-MIXED = st.lists(WORDS | TOKENS | st.sampled_from(["[Text]", "[Speech]", "<s>", "</s>", "[Hu1"]))
+MIXED = st.lists(
+    WORDS | TOKENS | st.sampled_from(["[Text]", "[Speech]", "<s>", "</s>", "[Hu1", *CONTROLS])
+)
 
 
 NANO = Path(__file__).parents[2] / "checkpoints" / "nano" / "spiritlm_model" / "spirit-lm-nano"
 
 
-@pytest.fixture(scope="module", params=["base", "expressive", "nano"])
-def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+def byte_level(folder: Path) -> Path:
+    """A byte-level BPE with speech tokens, as ``smol`` has it."""
+    tokenizer = byte_level_bpe()
+    speech = ["[Text]", "[Speech]", *(f"[Hu{i}]" for i in range(80)), "[Pi3]", "[St3]"]
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in speech])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    ends = {"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(ends))
+    (folder / "config.json").write_text('{"vocab_size": 512}')
+    return folder
+
+
+@pytest.fixture(scope="module", params=["base", "expressive", "nano", "byte-level"])
+def tokenizer(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Tokenizer:
     if request.param == "nano":
         return Tokenizer.load(NANO)
+    if request.param == "byte-level":
+        return Tokenizer.load(byte_level(tmp_path_factory.mktemp("byte-level")))
     return Tokenizer.load(request.getfixturevalue("lm_folder")(request.param))
 
 
@@ -89,6 +109,23 @@ def test_text_survives(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode("[Text]" + text)) == "[Text]" + text
 
 
+def test_a_byte_level_vocabulary_keeps_the_sign_for_a_space(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(byte_level(tmp_path))
+    text = " \u2581 a"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    decoder = IncrementalDecoder(tokenizer, continuing=False)
+    said = [part for i in tokenizer.encode(text) for part in decoder.push(i)]
+    assert "".join(map(str, said)) == text
+
+
+def test_control_tokens_are_never_sampled_but_the_end(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(byte_level(tmp_path))
+    ids = [tokenizer._sp.piece_to_id(name) for name in CONTROLS]
+    assert all(tokenizer.is_special(i) for i in ids)
+    allowed = [name for name, i in zip(CONTROLS, ids, strict=True) if tokenizer.mask("any")[i]]
+    assert allowed == ["<|im_start|>", "<|im_end|>"]
+
+
 def test_a_character_comes_whole(tokenizer: Tokenizer) -> None:
     decoder = IncrementalDecoder(tokenizer)
     ids = [tokenizer._sp.piece_to_id(f"<0x{byte:02X}>") for byte in "日".encode()]
@@ -128,6 +165,17 @@ def test_broken_folders_are_refused(tmp_path: Path, lm_folder: Callable[[str], P
     source = lm_folder("base")
     with pytest.raises(CheckpointError, match=r"tokenizer\.model: no such file"):
         Tokenizer.load(tmp_path)
+    other = tmp_path / "tokenizer.json"
+    other.write_text("{}")
+    with pytest.raises(CheckpointError, match="cannot be read as a tokenizer"):
+        Tokenizer.load(tmp_path)
+    byte_level_bpe().save(str(other))
+    with pytest.raises(CheckpointError, match="expected bos_token and eos_token"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: no token '<s>'"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
     model = tmp_path / "tokenizer.model"
     model.write_bytes(b"\x0anonsense")
     with pytest.raises(CheckpointError, match="truncated or corrupt"):

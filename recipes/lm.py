@@ -17,7 +17,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -67,6 +67,12 @@ class Settings:
     seed: int = 0
     mix: dict[str, float] = field(default_factory=lambda: dict(DEFAULT_MIX))
 
+    def shape(self, step: int) -> tuple[int, int]:
+        """Rows and length of the batch of a step."""
+        if self.long_every > 0 and step % self.long_every == self.long_every - 1:
+            return max(1, self.rows // 2), 2 * self.length
+        return self.rows, self.length
+
     def config(self, pieces: int) -> dict[str, Any]:
         """The content of ``config.json`` for a tokenizer of ``pieces``."""
         return {
@@ -104,12 +110,19 @@ class Trainer:
         torch.manual_seed(settings.seed)
         self.settings, self.streams = settings, streams
         self.device = device or torch.device("cpu")
-        self.model = TrainableLlama(settings.config(len(vocabulary))).to(self.device)
+        self.model = self._network(len(vocabulary)).to(self.device)
         self.heads = lm_hints.Heads(settings.hidden, len(streams.phones)).to(self.device)
         self.text_pieces = vocabulary.text_tag  # the ids before it
         self.optimizers = self._optimizers()
         self.step, self.seconds, self.tokens = 0, 0.0, 0
         self.told: dict[str, float] = {}  # losses of the heads, averaged over some steps
+
+    def _network(self, pieces: int) -> TrainableLlama:
+        return TrainableLlama(self.settings.config(pieces))
+
+    def _batch(self, number: int, rows: int, length: int) -> Sequence[np.ndarray]:
+        """Ids, kinds and hints, as :meth:`Streams.batch` gives them."""
+        return self.streams.batch(number, rows, length)
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         """Muon (Jordan, 2024) for the layers' matrices, AdamW for embedding and gains.
@@ -139,9 +152,8 @@ class Trainer:
         """One step; returns sum of losses and number of tokens by kind."""
         watch = Stopwatch()
         s = self.settings
-        long = s.long_every > 0 and self.step % s.long_every == s.long_every - 1
-        rows, length = (max(1, s.rows // 2), 2 * s.length) if long else (s.rows, s.length)
-        batch = self.streams.batch(self.step * together.size() + together.rank(), rows, length)
+        rows, length = s.shape(self.step)
+        batch = self._batch(self.step * together.size() + together.rank(), rows, length)
         loss, sums, counts = self._losses(*(torch.from_numpy(a).to(self.device) for a in batch))
         loss.backward()
         parameters = [*self.model.parameters(), *self.heads.parameters()]
@@ -178,6 +190,10 @@ class Trainer:
         sums = losses.new_zeros(len(KINDS)).index_add_(0, kind[wanted], losses.detach())
         counts = torch.bincount(kind[wanted], minlength=len(KINDS))
         return (losses * weight).sum() / weight.sum() + extra, sums, counts
+
+    def write(self, tokenizer: Path, out: Path) -> None:
+        """Write the model as it is loaded, with the files of ``tokenizer``."""
+        write_model(self.model, tokenizer, out)
 
     def save(self, path: Path) -> None:
         """Save the state; the file is either the old or the new one, never half."""
@@ -239,10 +255,18 @@ def write_model(model: TrainableLlama, tokenizer: Path, out: Path) -> None:
 
 @dataclass(frozen=True)
 class Until:
-    """When training ends: after ``steps``, or where there are none after ``minutes``."""
+    """When training ends: after ``steps``, or where there are none after ``minutes``.
+
+    ``pause``, on the clock of ``time.monotonic``, interrupts it, to be resumed by another run.
+    """
 
     minutes: float
     steps: int | None = None
+    pause: float = math.inf
+
+    def paused(self, trainer: Trainer) -> bool:
+        (now,) = together.agree(time.monotonic(), device=trainer.device)
+        return now >= self.pause
 
     def share(self, trainer: Trainer) -> float:
         """How much of it is over, 0 to 1."""
@@ -256,7 +280,7 @@ class Log:
 
     def __init__(self, path: Path, console: Console, tokens: int = 0) -> None:
         self.path, self.console = path, console
-        self.board = Board(path.parent.parent / "tensorboard" / "lm")
+        self.board = Board(path.parent.parent / "tensorboard" / path.parent.name)
         self.sums, self.counts = torch.zeros(len(KINDS)), torch.zeros(len(KINDS))
         self.since, self.tokens = time.monotonic(), tokens
 
@@ -307,7 +331,7 @@ def run(
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     with Progress(*columns, console=log.console, disable=not together.first()) as progress:
         task = progress.add_task("lm", total=1.0)
-        while (share := until.share(trainer)) < 1:
+        while (share := until.share(trainer)) < 1 and not until.paused(trainer):
             log.add(*trainer.train_step(share))
             progress.update(task, completed=share, description=f"step {trainer.step}")
             if not together.first():
@@ -320,7 +344,7 @@ def run(
                 trainer.save(work / "state.pt")
                 due["save"] = now
             if now - due["measure"] > MEASURE_SECONDS:
-                write_model(trainer.model, tokenizer, work / "snapshot")
+                trainer.write(tokenizer, work / "snapshot")
                 log.record(measure(work / "snapshot", vocabulary, questions, world), trainer.step)
                 due["measure"] = time.monotonic()
     if together.first():
@@ -364,7 +388,7 @@ def main(
     vocabulary, place = Vocabulary(out / "tokenizer.model"), together.join(device)
     trainer, corpora = train(settings, vocabulary, work, until, out, world, weights, place)
     if together.first():
-        write_model(trainer.model, out, out)
+        trainer.write(out, out)
         questions = heldout_questions(corpora["heldout"], world, measured)
         final = measure(out, vocabulary, questions, world)
         final["nats"] = against_chance(trainer, corpora, world)
@@ -429,18 +453,21 @@ def train(
     world: dialogues.Dialogues,
     weights: Path | None = None,
     device: torch.device | None = None,
+    make: Callable[..., Trainer] = Trainer,
+    name: str = "lm",
 ) -> tuple[Trainer, dict[str, Corpus]]:
-    """Train, or what is left of it, with state and log in {work}/lm.
+    """Train, or what is left of it, with state and log in {work}/{name}.
 
     Args:
         tokenizer: folder of the files that a snapshot of the model needs beside its weights.
         world: the domain: what may be said and answered besides what was recorded.
         weights: state of another run to begin with; its optimiser and clock are not taken over.
+        make: makes the trainer of settings, vocabulary, streams and device.
 
     Returns:
         The trainer, and the corpus by split.
     """
-    folder = work / "lm"
+    folder = work / name
     folder.mkdir(parents=True, exist_ok=True)
     corpora = load_corpus(work, vocabulary, load_units(work))
     streams = Streams(
@@ -451,7 +478,7 @@ def train(
         settings.seed,
         examples=world.split("train"),
     )
-    trainer = Trainer(settings, vocabulary, streams, device)
+    trainer = make(settings, vocabulary, streams, device)
     if (folder / "state.pt").is_file():
         trainer.resume(folder / "state.pt")
     elif weights is not None:

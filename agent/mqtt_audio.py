@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
@@ -11,13 +10,13 @@ from collections.abc import AsyncIterator, Callable
 import numpy as np
 import soxr
 
-from agent.embedding import AudioPush
 from agent.loudspeaker import DUCKED
 from agent.mqtt_jitter import JitterBuffer
+from agent.mqtt_waits import within
 from agent.mqtt_wire import FIRST, LAST, STOP, Packet
 from stages import SAMPLE_RATE
 
-_HELD_SECONDS = 5.0  # of sound that the conversation has not taken yet
+_HELD = 5 * SAMPLE_RATE  # samples that the conversation has not taken yet
 _GAP = 0.2  # s without a packet after which the device counts as silent
 _LONGEST_SILENCE = 4.0  # s that are put in then: longer than any hangover
 _PACKET = SAMPLE_RATE // 25  # samples sent at a time
@@ -33,19 +32,18 @@ class RemoteMicrophone:
     Attributes:
         jitter: the packets put in order, and what became of them.
         deaf: hear nothing: what arrives is replaced by silence.
+        dropped: samples (16 kHz) that came faster than the conversation takes them.
     """
 
     def __init__(self, most_jitter: float) -> None:
         self.jitter = JitterBuffer(most_jitter)
         self.deaf = False
-        self._pushed = AudioPush(_HELD_SECONDS)
+        self.dropped = 0
+        self._waves: deque[np.ndarray] = deque()
+        self._held = 0  # samples in them
+        self._more = asyncio.Event()
         self._rate = SAMPLE_RATE
         self._resampler: soxr.ResampleStream | None = None
-
-    @property
-    def dropped(self) -> int:
-        """Samples (16 kHz) that came faster than the conversation takes them."""
-        return self._pushed.dropped
 
     def push(self, packet: Packet) -> None:
         """Take a packet; never waits."""
@@ -65,28 +63,42 @@ class RemoteMicrophone:
                 wave = np.zeros_like(wave)
             if self._resampler is not None:
                 wave = self._resampler.resample_chunk(wave)
-            if len(wave):
-                self._pushed.push(np.asarray(wave, np.float32))
+            self._waves.append(np.asarray(wave, np.float32))
+            self._held += len(wave)
+        while self._held > _HELD:
+            self.dropped += len(self._next())
+        self._more.set()
+
+    def _next(self) -> np.ndarray:
+        wave = self._waves.popleft()
+        self._held -= len(wave)
+        return wave
 
     async def chunks(self) -> AsyncIterator[np.ndarray]:
         """The sound, for ever."""
-        pushed = aiter(self._pushed)
-        waiting = asyncio.ensure_future(anext(pushed))
         filled = _LONGEST_SILENCE
         yield np.zeros(_PACKET, np.float32)  # so that the conversation begins without a packet, too
+        while True:
+            if self._waves:
+                filled = 0.0
+                yield self._next()
+            elif not await self._wait() and filled < _LONGEST_SILENCE:
+                filled += _GAP
+                self._take(self.jitter.flush())
+                yield np.zeros(int(_GAP * SAMPLE_RATE), np.float32)
+
+    async def _wait(self) -> bool:
+        """Whether there is more sound within the time after which a device counts as silent.
+
+        Without a task for each packet, of which a fleet sends thousands a second.
+        """
+        self._more.clear()
+        timer = asyncio.get_running_loop().call_later(_GAP, self._more.set)
         try:
-            while True:
-                done, _ = await asyncio.wait({waiting}, timeout=_GAP)
-                if done:
-                    filled = 0.0
-                    yield waiting.result()
-                    waiting = asyncio.ensure_future(anext(pushed))
-                elif filled < _LONGEST_SILENCE:
-                    filled += _GAP
-                    self._take(self.jitter.flush())
-                    yield np.zeros(int(_GAP * SAMPLE_RATE), np.float32)
+            await self._more.wait()
         finally:
-            waiting.cancel()
+            timer.cancel()
+        return bool(self._waves)
 
 
 class RemotePlayback:
@@ -207,8 +219,7 @@ class RemotePlayback:
         if seconds is None:
             await self._changed.wait()
         else:
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), max(0.005, seconds))
+            await within(max(0.005, seconds), self._changed)
 
     def _next(self) -> None:
         samples = np.zeros(0, np.float32)

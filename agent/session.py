@@ -240,7 +240,9 @@ class Session:
         deaf = self._live and self._config.turns.half_duplex and self.state is State.ANSWERING
         for event in self._ears.push(np.zeros_like(piece) if deaf else piece):
             await self._follow(event, position)
-        await self._do(self._taking.audio(position, self._clock()))
+        actions = self._taking.audio(position, self._clock())
+        if actions or self._outbox:
+            await self._do(actions)
         if self._live and position % _LEVEL_EVERY < len(piece):
             level = 10 * math.log10(float(np.mean(np.square(piece))) + 1e-12)
             self._pipeline.events.offer(Level(level, self._ears.in_utterance))

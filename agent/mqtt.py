@@ -12,14 +12,15 @@ speaks for it: its last will says ``offline`` for that device alone.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import logging
+import os
 import signal
+import sys
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable, Coroutine, Iterable
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_LEAVE, _LAST_WORD, _CLOSE = 1.4, 0.2, 0.3  # s for each part of the end: 2 s in all
 _REMEMBERED = 1024  # devices that are not served, for telling them so at most once a second
 
 
@@ -71,11 +73,23 @@ def serve(
 
     with loading(stderr(), f"loading {config}", False) as progress:
         models = Models.load(settings, progress)
-    asyncio.run(_serve(Service(broker, models, settings)))
+    service = Service(broker, models, settings)
+
+    def serving() -> None:
+        typer.echo(f"serving {service.pattern} at {service.address}; Ctrl-C ends", err=True)
+
+    asyncio.run(until_told(service, serving))
 
 
-async def _serve(service: Service) -> None:
-    """Until SIGTERM or Ctrl-C."""
+async def until_told(service: Service, serving: Callable[[], None]) -> None:
+    """Serve until SIGTERM or Ctrl-C, which end the process.
+
+    Args:
+        serving: called once devices can be heard.
+
+    Raises:
+        UserError: the broker refuses us.
+    """
     work = asyncio.create_task(service.run())
     loop = asyncio.get_running_loop()
     for each in (signal.SIGTERM, signal.SIGINT):
@@ -84,11 +98,17 @@ async def _serve(service: Service) -> None:
     await asyncio.wait({work, ready}, return_when=asyncio.FIRST_COMPLETED)
     ready.cancel()
     if service.is_connected:
-        typer.echo(f"serving {service.pattern} at {service.address}; Ctrl-C ends", err=True)
+        serving()
     try:
         await work
     except asyncio.CancelledError:
         typer.echo("offline", err=True)
+    # All has been said. To wait for threads in mid-computation and to take an interpreter with
+    # models in it apart would be seconds more on a busy machine.
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 class Service:
@@ -160,11 +180,13 @@ class Service:
         await self._link.connected.wait()
 
     async def run(self) -> None:
-        """Serve until cancelled; says ``offline`` for every device before it ends.
+        """Serve until cancelled; says ``offline`` for every device before it ends, within 2 s.
 
         Raises:
             UserError: the broker refuses us.
         """
+        from agent.mqtt_waits import stop
+
         link = asyncio.create_task(self._link.run())
         try:
             await asyncio.shield(link)
@@ -173,15 +195,11 @@ class Service:
             if self._pool is None:
                 link.cancel()  # what comes from now on waits at the broker for the next service
             devices = list(self._devices.values())
-            await asyncio.gather(*(device.leave("offline") for device in devices))
+            await _all_within(_LEAVE, [device.leave("offline") for device in devices])
             if self._pool is not None:
                 self._link.send(self._pool.will)  # the others take our devices now
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._link.sent(), 0.3)
-            tasks = [link, *self._tasks.values()]
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+                await self._link.sent(_LAST_WORD)
+            await _all_within(_CLOSE, [stop(link, *self._tasks.values())])
 
     def _arrived(self, full: str, payload: bytes) -> None:
         from agent.mqtt_wire import BadMessage, split
@@ -283,3 +301,15 @@ class Service:
         while len(self._told) > _REMEMBERED:
             self._told.popitem(last=False)
         self._link.send(Outgoing(topic(self._config.mqtt, name, "event"), as_json(message), 1))
+
+
+async def _all_within(seconds: float, work: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Do all of it at once; what is not done by then is let go of."""
+    tasks = [asyncio.create_task(each) for each in work]
+    if tasks:
+        await asyncio.wait(tasks, timeout=seconds)
+        for task in tasks:
+            task.cancel()
+        for error in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(error, Exception):
+                log.error("at the end", exc_info=error)

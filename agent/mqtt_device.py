@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import uuid
 from collections.abc import Callable, Mapping
@@ -21,6 +20,7 @@ from agent.mqtt_limits import Bucket
 from agent.mqtt_link import Broker, Link, Outgoing, Subscription
 from agent.mqtt_pool import Copies
 from agent.mqtt_snapshot import Snapshot
+from agent.mqtt_waits import stop, within
 from agent.mqtt_wire import (
     FROM_DEVICE,
     Ask,
@@ -155,8 +155,7 @@ class Device:
 
     async def _resume(self) -> None:
         """Go on with the conversation that another service, or an earlier one, had."""
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._known.wait(), _RECALL)
+        await within(_RECALL, self._known)
         if not self._snapshot:
             return
         try:
@@ -334,9 +333,10 @@ class Device:
             self._publish("snapshot", b"", 1, True)
             await self.leave("idle")
         finally:
-            for task in (*tasks, idle, *self._background):
+            others = [*tasks[1:], idle, *self._background]
+            for task in others:
                 task.cancel()
-            await asyncio.gather(*tasks, idle, *self._background, return_exceptions=True)
+            await asyncio.gather(stop(tasks[0]), *others, return_exceptions=True)
             await self._agent.__aexit__()
 
     async def leave(self, state: str, seconds: float = 0.6) -> None:
@@ -344,13 +344,11 @@ class Device:
         been said."""
         if self._state in _BUSY:
             await self._agent.interrupt(state)
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._ended.wait(), _DRAIN)
+            await within(_DRAIN, self._ended)
         self._playback.stop()
         self._now(state)
         self._left = True
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self.link.sent(), seconds)
+        await self.link.sent(seconds)
 
     async def _until_idle(self) -> None:
         idle = self._config.mqtt.idle_seconds

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import aiomqtt
@@ -21,6 +22,7 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from agent.errors import UserError
+from agent.mqtt_waits import stop, within
 from agent.schema import MqttConfig
 
 log = logging.getLogger(__name__)
@@ -197,9 +199,9 @@ class Link:
         self._empty.clear()
         self._more.set()
 
-    async def sent(self) -> None:
-        """Wait until all that was given has been published."""
-        await self._empty.wait()
+    async def sent(self, seconds: float) -> bool:
+        """Wait, so long at most, until all that was given has been published; whether it has."""
+        return await within(seconds, self._empty)
 
     async def run(self) -> None:
         """Keep the connection, until cancelled.
@@ -259,7 +261,7 @@ class Link:
             keepalive=_KEEPALIVE,
             clean_start=not self._away,
             properties=self._properties(),
-            max_queued_incoming_messages=1024,
+            queue_type=cast(Any, lambda maxsize: _Straight(self._arrived)),
             tls_context=broker.tls,
             socket_options=[(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],
         ) as client:
@@ -270,6 +272,7 @@ class Link:
                 handling = 0 if each.retained else 2
                 options = SubscribeOptions(qos=each.qos, retainHandling=handling)
                 await client.subscribe(each.pattern, options=options)
+            _raise_if_cancelled()
             self.connections += 1
             self.connected.set()
             await self._both(client)
@@ -288,14 +291,11 @@ class Link:
                 task.result()
         finally:
             self.connected.clear()
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await stop(*tasks)
 
     async def _read(self, client: aiomqtt.Client) -> None:
-        async for message in client.messages:
-            payload = message.payload if isinstance(message.payload, bytes) else b""
-            self._arrived(message.topic.value, payload)
+        async for _ in client.messages:  # none comes here; it ends with the connection
+            pass
 
     async def _pump(self, client: aiomqtt.Client) -> None:
         while True:
@@ -307,9 +307,29 @@ class Link:
                     if message.qos:
                         self._outbox.appendleft(message)
                     raise
+                _raise_if_cancelled()
             self._empty.set()
             self._more.clear()
             await self._more.wait()
+
+
+class _Straight(asyncio.Queue[aiomqtt.Message]):
+    """Hands on at once what aiomqtt would put into a queue.
+
+    That queue is unbounded, or else discards what the broker has been told was taken. Without one,
+    what there is no time for yet stays with the broker.
+    """
+
+    def __init__(self, arrived: Callable[[str, bytes], None]) -> None:
+        super().__init__()
+        self._hand_on = arrived
+
+    def put_nowait(self, message: aiomqtt.Message) -> None:
+        payload = message.payload if isinstance(message.payload, bytes) else b""
+        try:
+            self._hand_on(message.topic.value, payload)
+        except Exception:  # to paho it would be a broken connection, and the message come again
+            log.exception("%s: %d bytes", message.topic.value, len(payload))
 
 
 def _code(error: BaseException | None) -> int | None:
@@ -324,9 +344,9 @@ async def _publish(client: aiomqtt.Client, message: Outgoing) -> None:
 
 
 def _raise_if_cancelled() -> None:
-    """A connection that fails while it is being cancelled raises its failure instead: without
-    this it would be made again, and nothing would end."""
+    """What aiomqtt makes of a cancellation may be an error of its own, or nothing (see
+    :mod:`agent.mqtt_waits`): without this the connection would go on, or be made again."""
     task = asyncio.current_task()
-    # Python 3.10 does not tell.
+    # Python 3.10 does not tell; there :func:`agent.mqtt_waits.stop` cancels once more.
     if task is not None and getattr(task, "cancelling", int)():
         raise asyncio.CancelledError

@@ -20,6 +20,7 @@ from paho.mqtt.properties import Properties
 import agent.mqtt_link
 from agent.errors import UserError
 from agent.mqtt_link import Broker, Link, Outgoing, Subscription
+from agent.mqtt_waits import stop
 from agent.schema import MqttConfig
 
 PATIENCE = 30.0
@@ -171,8 +172,8 @@ class Service:
             await asyncio.gather(work, return_exceptions=True)
 
 
-def publish(broker: Mosquitto, payload: str, expiry: int | None = None) -> None:
-    """A command with QoS 1, and wait until the broker has it."""
+def publish(broker: Mosquitto, *payloads: str, expiry: int | None = None) -> None:
+    """Commands with QoS 1, and wait until the broker has them."""
     done: queue.Queue[int] = queue.Queue()
     client = paho.Client(paho.CallbackAPIVersion.VERSION2, protocol=paho.MQTTv5)
     client.on_publish = lambda c, u, mid, *rest: done.put(mid)
@@ -181,8 +182,10 @@ def publish(broker: Mosquitto, payload: str, expiry: int | None = None) -> None:
     properties = Properties(PacketTypes.PUBLISH)
     if expiry is not None:
         properties.MessageExpiryInterval = expiry
-    client.publish("spirit/robot/command", payload, 1, properties=properties)
-    done.get(timeout=PATIENCE)
+    for payload in payloads:
+        client.publish("spirit/robot/command", payload, 1, properties=properties)
+    for _ in payloads:
+        done.get(timeout=PATIENCE)
     client.disconnect()
     client.loop_stop()
 
@@ -197,6 +200,53 @@ def test_a_command_given_while_the_service_is_away_waits_for_it(plain: Mosquitto
         return [await service.next(), service.arrived.get_nowait()]
 
     assert asyncio.run(both()) == [b"first", b"second"]
+
+
+def test_of_what_comes_while_there_is_no_time_for_it_nothing_is_discarded(tmp_path: Path) -> None:
+    many = [str(n) for n in range(3000)]
+
+    async def converse(broker: Mosquitto) -> list[bytes]:
+        service = Service(broker)
+        work = asyncio.create_task(service.link.run())
+        await asyncio.wait_for(service.link.connected.wait(), PATIENCE)
+        publish(broker, *many)  # the event loop stands still meanwhile
+        arrived = [await asyncio.wait_for(service.arrived.get(), PATIENCE) for _ in many]
+        work.cancel()
+        return arrived
+
+    with running(tmp_path, "allow_anonymous true\nmax_queued_messages 0") as broker:
+        assert asyncio.run(converse(broker)) == [each.encode() for each in many]
+
+
+def test_what_cannot_be_handled_ends_no_connection(plain: Mosquitto) -> None:
+    async def converse() -> None:
+        service = Service(plain)
+        numbers: asyncio.Queue[int] = asyncio.Queue()
+        service.link._arrived = lambda topic, payload: numbers.put_nowait(int(payload))
+        work = asyncio.create_task(service.link.run())
+        await asyncio.wait_for(service.link.connected.wait(), PATIENCE)
+        publish(plain, "no number", "2")
+        assert await asyncio.wait_for(numbers.get(), PATIENCE) == 2
+        assert service.link.connections == 1
+        work.cancel()
+
+    asyncio.run(converse())
+
+
+def test_a_connection_ends_when_it_is_told_to_even_as_a_message_is_acknowledged(
+    plain: Mosquitto,
+) -> None:
+    """The message comes back together with its acknowledgement, and the end together with both."""
+
+    async def converse() -> None:
+        service = Service(plain)
+        service.link.send(Outgoing("spirit/robot/command", b"{}", 1))
+        work = asyncio.create_task(service.link.run())
+        await asyncio.wait_for(service.arrived.get(), PATIENCE)
+        await asyncio.wait_for(stop(work), PATIENCE)
+
+    for _ in range(10):
+        asyncio.run(converse())
 
 
 def test_a_command_that_has_expired_does_not_come(plain: Mosquitto) -> None:

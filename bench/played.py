@@ -10,8 +10,6 @@ the dialogue with its cache, and what serves devices are the real ones.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import signal
 from collections.abc import Sequence
 from typing import Annotated, Any, cast
 
@@ -165,29 +163,19 @@ def played(config: Config, units: int = 30) -> Models:
     return cast(Models, PlayedModels(config, units))
 
 
-async def _serve(url: str, config: Config, units: int) -> None:
-    from agent.mqtt import Service
-    from agent.mqtt_link import Broker
-
-    service = Service(Broker.parse(url, config.mqtt), played(config, units), config)
-    exempt_what_is_here()  # as after the loading of real models
-    work = asyncio.create_task(service.run())
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, work.cancel)
-    ready = asyncio.create_task(service.connected())
-    await asyncio.wait({work, ready}, return_when=asyncio.FIRST_COMPLETED)
-    ready.cancel()
-    typer.echo("serving")
-    with contextlib.suppress(asyncio.CancelledError):
-        await work
-
-
 def main(
     mqtt: Annotated[str, typer.Option("--mqtt", metavar="URL")],
     units: Annotated[int, typer.Option(help="Of every reply, 40 ms each.")] = 30,
     overrides: Annotated[list[str] | None, typer.Option("--set")] = None,
 ) -> None:
     """Serve devices over MQTT with models that are played."""
-    asyncio.run(_serve(mqtt, load_config("nano", overrides or ()), units))
+    from agent.mqtt import Service, until_told
+    from agent.mqtt_link import Broker
+
+    config = load_config("nano", overrides or ())
+    service = Service(Broker.parse(mqtt, config.mqtt), played(config, units), config)
+    exempt_what_is_here()  # as after the loading of real models
+    asyncio.run(until_told(service, lambda: typer.echo("serving")))
 
 
 if __name__ == "__main__":

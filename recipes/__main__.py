@@ -1,44 +1,31 @@
-"""``python -m recipes STEP``: the steps that make nano, each needing those before.
+"""``python -m recipes STEP``: the steps that make a model, each needing those before.
 
 A step is imported when it is called, so that ``--help`` is instant and a missing package is named
-in one sentence. ``all`` runs every step with its own defaults; each resumes where it stopped.
+in one sentence. ``all`` runs the steps of a recipe, each where it stopped, and leaves out those of
+which nothing changed (see steps.py).
 """
 
 from __future__ import annotations
 
-import importlib
+import signal
+import subprocess
 import sys
+from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-STEPS = {
-    "corpus": "Synthesise the corpus: requests, replies and varied sentences, aligned.",
-    "hearing": "Construct nano's ears from Whisper's blocks and fit the phonetic units.",
-    "units": "Encode the corpus to phonetic units, as the stream will give them.",
-    "tokenizers": "Train the pitch and style tokenizers and encode the corpus with them.",
-    "vocoder": "Train the unit vocoder of the reply voice.",
-    "text_tokenizer": "Train the text tokenizer and add the speech tokens to it.",
-    "lm": "Train the language model on speech, text and mixed streams.",
-    "evaluate": "Measure the checkpoint with an independent recognizer; write the model card.",
-    "listen": "Write a page of questions and answers to listen to.",
-}
-# Arguments with which a step takes seconds: what comes out runs, and knows nothing.
-SMALL = {
-    "corpus": ["--limit", "160"],
-    "hearing": ["--clusters", "60", "--dims", "20"],
-    "tokenizers": ["--share", "0.02"],
-    "vocoder": [
-        *("--mel-minutes", "0.2", "--unit-minutes", "0.1", "--minutes", "0.2"),
-        *("--sharpen-minutes", "0.1"),
-        *("--duration-steps", "30", "--evaluate", "2"),
-    ],
-    "text_tokenizer": ["--text-pieces", "300"],
-    "lm": ["--minutes", "0.5"],
-    "evaluate": ["--limit", "2", "--spoken", "1"],
-    "listen": ["--count", "1"],
-}
+from agent.errors import UserError
+from recipes import steps
+from recipes.clock import Stopwatch
+from recipes.made import Entry, Made
+from recipes.steps import STEPS, Folders
+
+if TYPE_CHECKING:
+    from recipes.recipe import Recipe
+
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 INTERRUPTED = 130
@@ -57,7 +44,7 @@ def run_step(step: str, arguments: list[str]) -> None:
     and typer.Exit with the step's code when it ends with one, as it does when interrupted.
     """
     try:
-        main = importlib.import_module(f"recipes.{step}").main
+        main = steps.module(step).main
     except ModuleNotFoundError as error:
         _explain(step, error)
     command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -87,48 +74,154 @@ def _register(step: str, summary: str) -> None:
     app.command(step, help=summary, context_settings=PASSED_ON)(command)
 
 
-for _step, _summary in STEPS.items():
-    _register(_step, _summary)
+for _name, _step in STEPS.items():
+    _register(_name, _step.summary)
 
 
-def arguments(step: str, work: Path, out: Path, small: bool = False) -> list[str]:
-    """The command line of one step of the whole: files in ``work``, the model in ``out``."""
-    ears, lm = out / "speech_tokenizer", out / "spiritlm_model" / "spirit-lm-nano"
-    places = {
-        "hearing": ["--out", ears / "hubert_25hz"],
-        "units": ["--checkpoint", ears / "hubert_25hz"],
-        "tokenizers": ["--out", ears],
-        "vocoder": ["--ship", ears / "hifigan_spiritlm_expressive_w2v2"],
-        "text_tokenizer": ["--out", lm],
-        "lm": ["--out", lm],
-        "evaluate": ["--checkpoint", out],
-        "listen": ["--checkpoint", out, "--out", work / "listen.html"],
-    }
-    found = ["--work", work, *places.get(step, []), *(SMALL.get(step, []) if small else [])]
-    return [str(argument) for argument in found]
+class Chain:
+    """The steps of a recipe in its folders, and what was made of them."""
+
+    def __init__(self, recipe: Recipe, folders: Folders) -> None:
+        self.recipe, self.folders = recipe, folders
+        self.made = Made(folders.work)
+
+    def settings(self, step: str) -> dict[str, Any]:
+        """The options of ``step``, its minutes as the budget gives them."""
+        spent = {name: entry.seconds / 60 for name, entry in self.made.entries.items()}
+        return self.recipe.settings(step) | self.recipe.minutes(step, spent)
+
+    def why(self, step: str) -> str:
+        """Why ``step`` has to run; "" where it has not."""
+        now = steps.entry(step, self.settings(step), self.folders)
+        return steps.why(step, self.made.get(step), now, self.folders)
+
+    def run(self, step: str) -> None:
+        """Run ``step``, from where it stopped or from the beginning, and note what came out."""
+        settings = self.settings(step)
+        before, now = self.made.get(step), steps.entry(step, settings, self.folders)
+        anew = before is not None and steps.clear(step, before.changes(now), self.folders)
+        now.seconds = 0.0 if before is None or anew else before.seconds
+        self.made[step] = now
+        watch = Stopwatch()
+        try:
+            self._call(step, settings)
+        finally:
+            now.seconds += watch.lap()
+            self.made[step] = now
+        self.touch(step, now)
+
+    def touch(self, step: str, entry: Entry | None = None) -> None:
+        """Note that what is there was made of what is there."""
+        entry = entry or steps.entry(step, self.settings(step), self.folders)
+        entry.outputs = self.folders.contents(STEPS[step].writes)
+        lost = [name for name, content in entry.outputs.items() if not content.strip("+")]
+        if lost:
+            raise UserError(f"recipes {step}: no {', '.join(lost)} in {self.folders.work}")
+        entry.ended = datetime.now().isoformat(timespec="seconds")
+        self.made[step] = entry
+
+    def _call(self, step: str, settings: Mapping[str, Any]) -> None:
+        options = {**settings, **self.folders.places(step)}
+        if self.recipe.gpus > 1 and "device" in options:
+            start = ["torch.distributed.run", "--standalone", "--nproc-per-node"]
+            command = [*start, str(self.recipe.gpus), "-m", "recipes", step, *arguments(options)]
+            subprocess.run([sys.executable, "-m", *command], check=True)
+            return
+        try:
+            steps.module(step).main(**options)
+        except ModuleNotFoundError as error:
+            _explain(step, error)
+
+
+def arguments(options: Mapping[str, Any]) -> list[str]:
+    """Options as a command line."""
+    found: list[str] = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            found.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            found += [f"--{flag}", str(value)]
+    return found
 
 
 @app.command("all")
 def every(
-    work: Annotated[Path, typer.Option(help="Folder for what the recipes make.")] = Path("work"),
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe, or a YAML file.")] = "nano",
+    work: Annotated[
+        Path | None, typer.Option(help="Folder for what is made, by default work/MODEL.")
+    ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="Folder of the model, by default WORK/nano; checkpoints/nano is the shipped one."
-        ),
+        typer.Option(help="Folder of the model, by default WORK/MODEL; of nano's, the shipped one "
+                     "is checkpoints/nano."),
     ] = None,
-    since: Annotated[str, typer.Option(help="Begin with this step.")] = "corpus",
-    small: Annotated[
-        bool, typer.Option(help="Try the chain out on a few recordings, in some minutes.")
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="STEP.OPTION=VALUE instead of the recipe's.")
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="Minutes for all steps together, by the recipe's shares.")
+    ] = None,
+    since: Annotated[str | None, typer.Option(help="Leave out the steps before this one.")] = None,
+    until: Annotated[str | None, typer.Option(help="Leave out the steps after this one.")] = None,
+    dry_run: Annotated[bool, typer.Option(help="Only tell what would be done, and why.")] = False,
+    touch: Annotated[
+        bool, typer.Option(help="Run nothing: take what is there for up to date.")
     ] = False,
-) -> None:
-    """Run every step, from text to the model card: about five hours on two CPU cores."""
-    names = list(STEPS)
-    if since not in names:
-        raise typer.BadParameter(f"no step {since!r}: choose one of {', '.join(names)}")
-    for number, step in enumerate(names[names.index(since) :], names.index(since) + 1):
-        typer.echo(f"[{number}/{len(names)}] {step}: {STEPS[step]}")
-        run_step(step, arguments(step, work, out or work / "nano", small))
+) -> None:  # fmt: skip
+    """Run the steps of a recipe that something changed for; nano takes hours on two CPU cores."""
+    from recipes.recipe import load
+
+    overrides = [*(set_ or []), *([f"budget={budget}"] if budget is not None else [])]
+    try:
+        chosen = load(recipe, overrides)
+    except ModuleNotFoundError as error:
+        _explain("all", error)
+    work = work or Path("work") / chosen.model
+    chain = Chain(chosen, Folders(work, out or work / chosen.model, chosen.model))
+    names = _between(chosen.steps, since, until)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if dry_run:
+        _tell(chain, names)
+        return
+    for number, step in enumerate(names, 1):
+        if touch:
+            chain.touch(step)
+            continue
+        reason = chain.why(step)
+        told = f"{reason}. {STEPS[step].summary}" if reason else "up to date"
+        typer.echo(f"[{number}/{len(names)}] {step}: {told}")
+        if reason:
+            chain.run(step)
+
+
+def _between(names: list[str], since: str | None, until: str | None) -> list[str]:
+    for name in (since, until):
+        if name is not None and name not in names:
+            raise typer.BadParameter(f"no step {name!r}: choose one of {', '.join(names)}")
+    first = names.index(since) if since else 0
+    last = names.index(until) if until else len(names) - 1
+    return names[first : last + 1]
+
+
+def _tell(chain: Chain, names: list[str]) -> None:
+    """A table of the steps: up to date, or why not, and how long they took."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("step", "state", "minutes", "made", box=None)
+    stale: dict[str, str] = {}  # what a step to be run writes -> the step
+    for step in names:
+        reason = chain.why(step)
+        after = dict.fromkeys(stale[name] for name in STEPS[step].reads if name in stale)
+        if not reason and after:
+            reason = f"depends on {', '.join(after)}"
+        if reason:
+            stale |= dict.fromkeys(STEPS[step].writes, step)
+        entry = chain.made.get(step)
+        minutes = f"{entry.seconds / 60:.1f}" if entry else ""
+        table.add_row(step, reason or "up to date", minutes, entry.ended if entry else "")
+    Console().print(table)
 
 
 def main() -> None:
@@ -140,7 +233,7 @@ def main() -> None:
     except Exception as error:
         if hasattr(error, "show"):  # click's usage errors, under whatever name typer has them
             error.show()
-        elif isinstance(error, OSError) or type(error).__name__ == "CheckpointError":
+        elif isinstance(error, (OSError, UserError)) or type(error).__name__ == "CheckpointError":
             typer.echo(f"error: {error}", err=True)
         else:
             raise

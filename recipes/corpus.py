@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import random
 import zlib
 from collections import Counter, defaultdict
@@ -29,6 +30,7 @@ from rich.progress import track
 
 from recipes import dialogues, domain
 from recipes.align import shift
+from recipes.clock import Stopwatch
 from recipes.lm_words import more_requests
 from recipes.voices import (
     FAST,
@@ -43,6 +45,7 @@ from recipes.voices import (
     styles_of,
 )
 
+PROCESSES = os.cpu_count() or 1  # what has many recordings to do uses all cores
 LEVEL = 0.07  # RMS of a recording, about -23 dBFS; whispers are half as loud
 HEART_SHARE = 0.25  # of the requests
 KAL_SHARE = 0.35  # of the held-out requests, also in a voice never trained on
@@ -311,12 +314,21 @@ def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def _record_star(arguments: tuple[Job, Path, int]) -> dict[str, Any]:
-    return record(*arguments)
+def _record_star(arguments: tuple[Job, Path, int]) -> tuple[dict[str, Any], float]:
+    """A recording's row, and the seconds of work."""
+    watch = Stopwatch()
+    return record(*arguments), watch.lap()
 
 
-def synthesise(jobs: Sequence[Job], folder: Path, seed: int = 0, processes: int = 2) -> None:
-    """Make the recordings that the manifest does not have yet, adding a line for each."""
+def synthesise(
+    jobs: Sequence[Job], folder: Path, seed: int = 0, processes: int = 2,
+    minutes: float | None = None,
+) -> None:  # fmt: skip
+    """Make the recordings that the manifest does not have yet, adding a line for each.
+
+    Args:
+        minutes: of work after which no more are made.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     rows = read_manifest(folder)
     path = folder / "manifest.jsonl"
@@ -328,9 +340,13 @@ def synthesise(jobs: Sequence[Job], folder: Path, seed: int = 0, processes: int 
         multiprocessing.get_context("spawn").Pool(processes) as pool,
     ):
         done = pool.imap_unordered(_record_star, todo, chunksize=4)
-        for row in track(done, "corpus", total=len(todo)):
+        worked = 0.0
+        for row, seconds in track(done, "corpus", total=len(todo)):
             manifest.write(_line(row))
             manifest.flush()
+            worked += seconds / processes
+            if minutes is not None and worked > 60 * minutes:
+                break
 
 
 def summary(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -349,9 +365,15 @@ def summary(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def corpus(
-    work: Path, seed: int = 0, limit: int | None = None, processes: int = 2
-) -> dict[str, Any]:
-    """Make the corpus under ``work`` and return its summary. ``limit``: only so many recordings."""
+    work: Path, seed: int = 0, limit: int | None = None, processes: int = 2,
+    minutes: float | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Make the corpus under ``work`` and return its summary.
+
+    Args:
+        limit: only so many recordings.
+        minutes: of work after which no more are made; those there are a fair sample.
+    """
     folder = work / "corpus"
     folder.mkdir(parents=True, exist_ok=True)
     jobs = plan(seed)
@@ -360,12 +382,12 @@ def corpus(
     asked |= {row["text"] for row in read_manifest(folder) if row["role"] == "request"}
     rows = dialogs(asked, seed)
     (folder / "dialogs.jsonl").write_text("".join(map(_line, rows)), encoding="utf-8")
-    synthesise(jobs[:limit], folder, seed, processes)
+    synthesise(jobs[:limit], folder, seed, processes, minutes)
     report = summary(read_manifest(folder)) | {"seed": seed, "voices": list(VOICES)}
     (work / "reports").mkdir(exist_ok=True)
     text = json.dumps(report, indent=2)
     (work / "reports" / "corpus.json").write_text(text + "\n", encoding="utf-8")
-    if limit is None:
+    if limit is None and minutes is None:
         (folder / "DONE").write_text(text + "\n", encoding="utf-8")
     return report
 
@@ -412,8 +434,11 @@ def main(
     work: Annotated[Path, typer.Option(help="Folder for what the recipes make.")] = Path("work"),
     seed: Annotated[int, typer.Option(help="Another seed gives another corpus.")] = 0,
     limit: Annotated[int | None, typer.Option(help="Make only so many recordings.")] = None,
-    processes: Annotated[int, typer.Option(help="Processes that synthesise.")] = 2,
+    minutes: Annotated[
+        float | None, typer.Option(help="Make no more after so many minutes in this run.")
+    ] = None,
+    processes: Annotated[int, typer.Option(help="Processes that synthesise.")] = PROCESSES,
 ) -> None:
     """Synthesise the corpus: requests, replies and varied sentences, with alignments."""
-    report = corpus(work, seed, limit, processes)
+    report = corpus(work, seed, limit, processes, minutes)
     typer.echo(f"{report['recordings']} recordings, {report['hours']} hours, in {work / 'corpus'}")

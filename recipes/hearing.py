@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from recipes import quantizer
+from recipes.corpus import PROCESSES
 from recipes.front_end import HOP, INPUT_PADDING, STRIDES, Constants, front_end, positional
 from recipes.hearing_report import measure
 from recipes.whisper import HEADS, WhisperEncoder
@@ -199,13 +201,23 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder to write the checkpoint to.")] = OUT,
     clusters: Annotated[int, typer.Option(min=2, max=500, help="Phonetic classes.")] = 200,
     dims: Annotated[int, typer.Option(min=1, help="Discriminant directions.")] = 40,
-    jobs: Annotated[int, typer.Option(min=1, help="Processes, one thread each.")] = 2,
+    ready: Annotated[
+        Path | None, typer.Option(help="Take the ears in this folder and fit nothing.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes, one thread each.")] = PROCESSES,
     seed: Annotated[int, typer.Option(help="Of the fit.")] = 0,
+    judge: Annotated[
+        bool, typer.Option(help="Measure the ears, with strangers' voices too.")
+    ] = True,
 ) -> None:
     """Construct nano's HuBERT, fit its quantizer, measure both."""
     console = Console(stderr=True)
     torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
+    if ready is not None:
+        for name in (HUBERT, QUANTIZER):
+            shutil.copy2(ready / name, out / name)
+        return
     teacher = WhisperEncoder.load()
     content = checkpoint(teacher)
     build_hubert(content, out / HUBERT)  # it loads, before anything is overwritten
@@ -217,6 +229,8 @@ def main(
     console.print(f"fitting {clusters} classes to {len(features)} frames")
     found = quantizer.fit(features, phones, clusters=clusters, dims=dims, seed=seed)
     _save(quantizer.embed(found), out / QUANTIZER)
+    if not judge:
+        return
     listener = load_listener(out / HUBERT, out / QUANTIZER)
     report = measure(listener, teacher, work, read_manifest(work), seed)
     report["fit"] = {

@@ -9,6 +9,7 @@ every recording to {work}/units/pitch.jsonl; 4. the style classifier; 5. style u
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ import typer
 from rich.progress import track
 
 from recipes import f0, pitch_vq, style_classifier
+from recipes.corpus import PROCESSES
 from recipes.f0 import Row
 from stages.style import StyleEncoder, load_style_network
 from stages.vqvae import load_vqvae
@@ -112,7 +114,10 @@ def main(
         "checkpoints/nano/speech_tokenizer"
     ),
     seed: Annotated[int, typer.Option(help="Seed of both trainings.")] = 0,
-    processes: Annotated[int, typer.Option(help="Processes that compute F0.")] = 2,
+    processes: Annotated[int, typer.Option(help="Processes that compute F0.")] = PROCESSES,
+    ready: Annotated[
+        Path | None, typer.Option(help="Take the two trained ones in this folder.")
+    ] = None,
     share: Annotated[
         float, typer.Option(min=0, max=1, help="Of the trainings' steps; small to try it out.")
     ] = 1.0,
@@ -124,6 +129,9 @@ def main(
         pitch, steps=max(2, int(share * pitch.steps)), warmup=max(1, int(share * pitch.warmup))
     )
     style = replace(style, steps=max(1, int(share * style.steps)))
+    if ready is not None:
+        for folder in ("vqvae_f0_quantizer", "style_encoder_w2v2"):
+            shutil.copytree(ready / folder, out / folder, dirs_exist_ok=True)
     train_pitch(work, out / "vqvae_f0_quantizer", seed, processes, pitch)
     extract_pitch(work, out / "vqvae_f0_quantizer", processes)
     train_style(work, out / "style_encoder_w2v2", seed, style)

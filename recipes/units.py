@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from recipes.corpus import PROCESSES
 from recipes.hearing import HUBERT, OUT, QUANTIZER, read_manifest
 from recipes.windows import cache_stamp, encode_many
 
@@ -38,7 +39,7 @@ def units_done(path: Path, stamp: str) -> set[str]:
 def main(
     work: Annotated[Path, typer.Option(help="Folder of the corpus and the units.")] = Path("work"),
     checkpoint: Annotated[Path, typer.Option(help="Folder of nano's hearing.")] = OUT,
-    jobs: Annotated[int, typer.Option(min=1, help="Processes, one thread each.")] = 2,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes, one thread each.")] = PROCESSES,
 ) -> None:
     """Encode every recording of the corpus to phonetic units."""
     hubert, quantizer = checkpoint / HUBERT, checkpoint / QUANTIZER

@@ -1,4 +1,4 @@
-"""Train nano's Expressive vocoder: unit HiFi-GAN of one voice, on a CPU, in about two hours.
+"""Train nano's Expressive vocoder: unit HiFi-GAN of one voice; on a CPU, in about two hours.
 
 Four phases, because the waveform generator is the bottleneck and its upper part needs no units:
 
@@ -10,7 +10,8 @@ Four phases, because the waveform generator is the bottleneck and its upper part
 4. ``sharpen``: the same against judges that know real speech, which sharpens the harmonics.
 
 Every phase is limited by minutes, resumes where it stopped and leaves ``{work}/vocoder/state.pt``;
-the phases after the first also export a checkpoint in the official layout every few minutes.
+the phases after the first also export a checkpoint in the official layout every few minutes. On
+several GPUs: ``torchrun --standalone --nproc-per-node 2 -m recipes vocoder``.
 """
 
 from __future__ import annotations
@@ -33,11 +34,14 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from recipes import together
+from recipes.board import Board
+from recipes.clock import Stopwatch
 from recipes.vocoder_adversary import Adversary
 from recipes.vocoder_data import Crops, Recording, load_recordings, load_waves
 from recipes.vocoder_durations import train_durations
 from recipes.vocoder_loss import FrameMel, SpectralLoss
-from recipes.vocoder_model import CONFIG, CONTEXT, FOLDER, PHASES, Model, write_checkpoint
+from recipes.vocoder_model import CONTEXT, FOLDER, PHASES, Model, config_of, write_checkpoint
 from recipes.vocoder_report import measure, write_report
 from stages.hifigan import UnitHiFiGAN, VocoderConfig
 
@@ -47,9 +51,13 @@ SPECTRAL_WEIGHT = 8.0  # of the spectral losses beside the adversary's
 
 @dataclass(frozen=True)
 class Settings:
-    """What a training run may vary; times in minutes, crops in unit frames of 40 ms."""
+    """What a training run may vary; times in minutes, crops in unit frames of 40 ms.
+
+    ``kernels`` are those of the residual blocks: more of them sound better and cost more.
+    """
 
     minutes: dict[str, float]
+    kernels: tuple[int, ...] = (3,)
     batch: int = 4
     frames: int = 16
     unit_batch: int = 32
@@ -73,21 +81,25 @@ class Progressed:
 
 
 class Trainer:
-    """Runs the phases on one thread; state is saved atomically and resumed from."""
+    """Runs the phases; state is saved atomically and resumed from."""
 
     def __init__(
-        self, work: Path, settings: Settings, voice: str = "heart", ship: Path | None = None
-    ) -> None:
+        self, work: Path, settings: Settings, voice: str = "heart", ship: Path | None = None,
+        device: torch.device | None = None,
+    ) -> None:  # fmt: skip
         self.work, self.settings, self.voice, self.ship = work, settings, voice, ship
         self.folder = work / "vocoder"
         self.folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(settings.seed)
-        self.model = Model(VocoderConfig.parse(CONFIG, "recipes/vocoder.py"))
+        self.device = device or torch.device("cpu")
+        self.config = config_of(settings.kernels)
+        self.model = Model(VocoderConfig.parse(self.config, "recipes/vocoder.py")).to(self.device)
         self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         self.done = Progressed()
         self.optimizer: torch.optim.Optimizer | None = None
         self.optimizer_phase, self.optimizer_state = "", None
-        self.loss, self.mel = SpectralLoss(), FrameMel()
+        self.loss, self.mel = SpectralLoss().to(self.device), FrameMel().to(self.device)
+        self.board = Board(work / "tensorboard" / "vocoder")
         self.stopped = False
         self._resume()
 
@@ -95,7 +107,7 @@ class Trainer:
 
     def mel_phase(self) -> None:
         """Mel -> waveform on the upper stages; needs recordings only."""
-        crops = Crops(load_waves(self.work, self.voice, "train"), self.settings.seed)
+        crops = Crops(load_waves(self.work, self.voice, "train"), self._seed(0))
         log.info("mel -> waveform: %.1f minutes of speech", crops.seconds / 60)
         for step in self._steps("mel", decay=False):
             wave = self._wave(crops, crops.positions(self.settings.batch, self.settings.frames))
@@ -105,7 +117,7 @@ class Trainer:
 
     def units_phase(self, recordings: list[Recording]) -> None:
         """Units -> mel on the lower stages, then the durations."""
-        crops = Crops(recordings, self.settings.seed + 1)
+        crops = Crops(recordings, self._seed(1))
         log.info("units -> mel: %.1f minutes of speech", crops.seconds / 60)
         s = self.settings
         for step in self._steps("units", decay=True):
@@ -130,7 +142,7 @@ class Trainer:
 
     def joint_phase(self, recordings: list[Recording]) -> None:
         """Units -> waveform, everything but the embeddings and durations."""
-        crops = Crops(recordings, self.settings.seed + 2 + self.done.steps["joint"])
+        crops = Crops(recordings, self._seed(2 + self.done.steps["joint"]))
         s = self.settings
         exported = self.done.minutes["joint"]
         for step in self._steps("joint", decay=True):
@@ -146,12 +158,13 @@ class Trainer:
 
     def sharpen_phase(self, recordings: list[Recording]) -> None:
         """Units -> waveform against an adversary; the spectral losses hold it in place."""
-        crops = Crops(recordings, self.settings.seed + 3 + self.done.steps["sharpen"])
+        crops = Crops(recordings, self._seed(3 + self.done.steps["sharpen"]))
         s = self.settings
-        adversary = Adversary()
+        torch.manual_seed(s.seed)
+        adversary = Adversary().to(self.device)
         path = self.folder / "adversary.pt"
         if path.is_file():
-            state = torch.load(path, weights_only=True)
+            state = torch.load(path, weights_only=True, map_location=self.device)
             adversary.load_state_dict(state["judges"])
             adversary.optimizer.load_state_dict(state["optimizer"])
         exported = self.done.minutes["sharpen"]
@@ -170,11 +183,18 @@ class Trainer:
 
     # Parts of phases
 
+    def _seed(self, number: int) -> int:
+        """Of the crops: another one in each of several processes."""
+        return self.settings.seed + number + 1_000_003 * together.rank()
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
     def _wave(self, crops: Crops, at: np.ndarray, frames: int | None = None) -> Tensor:
-        return torch.from_numpy(crops.waves(at, frames or self.settings.frames))
+        return self._tensor(crops.waves(at, frames or self.settings.frames))
 
     def _hidden(self, crops: Crops, at: np.ndarray, frames: int) -> Tensor:
-        hidden = self.model.lower(*map(torch.from_numpy, crops.units(at, frames, CONTEXT)))
+        hidden = self.model.lower(*map(self._tensor, crops.units(at, frames, CONTEXT)))
         edge = CONTEXT * self.model.generator.config.rates[0]
         return hidden[:, :, edge:-edge]
 
@@ -185,16 +205,15 @@ class Trainer:
     def _steps(self, phase: str, decay: bool) -> Iterator[Callable[[Tensor], None]]:
         """Yield, until the phase's minutes are over, a function that takes one training step."""
         budget = self.settings.minutes[phase]
-        peak = self.settings.sharpen_lr if phase == "sharpen" else self.settings.lr
         parameters = self._start(phase)
-        begun, before = time.monotonic(), self.done.minutes[phase]
-        saved, logged = begun, begun
+        watch, saved, logged = Stopwatch(), time.monotonic(), time.monotonic()
         losses: list[float] = []
 
         def step(loss: Tensor) -> None:
             assert self.optimizer is not None
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            together.average(parameters)
             nn.utils.clip_grad_norm_(parameters, 5.0)
             self.optimizer.step()
             self._update_average()
@@ -202,19 +221,15 @@ class Trainer:
 
         with Progress(
             TextColumn(f"{phase:>6}"), BarColumn(), TextColumn("loss {task.fields[loss]:.3f}"),
-            TimeRemainingColumn(), transient=True,
+            TimeRemainingColumn(), transient=True, disable=not together.first(),
         ) as bar:  # fmt: skip
             task = bar.add_task(phase, total=budget, loss=math.nan)
             while self.done.minutes[phase] < budget and not self.stopped:
-                share = self.done.minutes[phase] / budget
-                rate = peak * (0.5 + 0.5 * math.cos(math.pi * share) if decay else 1.0)
-                rate = max(rate, 1e-5) * min(1.0, (self.done.steps[phase] + 1) / 200)
-                for group in self.optimizer.param_groups:  # type: ignore[union-attr]
-                    group["lr"] = rate
+                rate = self._set_rate(phase, decay)
                 yield step
-                now = time.monotonic()
                 self.done.steps[phase] += 1
-                self.done.minutes[phase] = before + (now - begun) / 60
+                self._count(phase, watch.lap())
+                now = time.monotonic()
                 if now - logged > 20:
                     speed = len(losses) / (now - logged)
                     self._report(phase, rate, float(np.mean(losses)), speed)
@@ -225,6 +240,22 @@ class Trainer:
                     saved = now
                     self.save()
         self.save()
+
+    def _set_rate(self, phase: str, decay: bool) -> float:
+        assert self.optimizer is not None
+        peak = self.settings.sharpen_lr if phase == "sharpen" else self.settings.lr
+        share = self.done.minutes[phase] / self.settings.minutes[phase]
+        rate = peak * (0.5 + 0.5 * math.cos(math.pi * share) if decay else 1.0)
+        rate = max(rate, 1e-5) * min(1.0, (self.done.steps[phase] + 1) / 200)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
+    def _count(self, phase: str, seconds: float) -> None:
+        """Several processes go by the time of the first one, and stop together."""
+        minutes = self.done.minutes[phase] + seconds / 60
+        minutes, stopped = together.agree(minutes, self.stopped, device=self.device)
+        self.done.minutes[phase], self.stopped = minutes, bool(stopped)
 
     def _start(self, phase: str) -> list[nn.Parameter]:
         self.model.requires_grad_(False)
@@ -240,9 +271,12 @@ class Trainer:
         return parameters
 
     def _report(self, phase: str, rate: float, loss: float, speed: float) -> None:
+        if not together.first():
+            return
         minutes, steps = self.done.minutes[phase], self.done.steps[phase]
         log.info("%-5s %5.1f min %6d steps lr %.1e loss %.4f %.2f steps/s",
                  phase, minutes, steps, rate, loss, speed)  # fmt: skip
+        self.board.add(steps, {"loss": loss, "rate": rate, "minutes": minutes}, phase)
         line = {"phase": phase, "minutes": minutes, "steps": steps, "loss": loss, "lr": rate}
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -260,7 +294,7 @@ class Trainer:
             (g.dict, crops.code), (g.f0_dict, crops.pitch),
             (g.style_dict, crops.style), (g.spkr, np.zeros(1, dtype=np.int64)),
         ):  # fmt: skip
-            counts = torch.from_numpy(np.bincount(codes, minlength=len(table.weight)))
+            counts = self._tensor(np.bincount(codes, minlength=len(table.weight)))
             name = next(k for k, m in g.named_modules() if m is table)
             for weight in (table.weight, self.average[f"generator.{name}.weight"]):
                 mean = (weight * counts[:, None]).sum(0) / counts.sum()
@@ -281,6 +315,8 @@ class Trainer:
 
     def save(self) -> None:
         """Write everything needed to go on to ``state.pt``, replacing the old one at once."""
+        if not together.first():
+            return
         state = {
             "model": self.model.state_dict(),
             "average": self.average,
@@ -289,7 +325,7 @@ class Trainer:
             "minutes": self.done.minutes,
             "steps": self.done.steps,
             "durations": self.done.durations,
-            "config": json.dumps(CONFIG),
+            "config": json.dumps(self.config),
         }
         part = self.folder / "state.part"
         torch.save(state, part)
@@ -299,8 +335,8 @@ class Trainer:
         path = self.folder / "state.pt"
         if not path.is_file():
             return
-        state = torch.load(path, weights_only=True)
-        if state["config"] != json.dumps(CONFIG):
+        state = torch.load(path, weights_only=True, map_location=self.device)
+        if state["config"] != json.dumps(self.config):
             raise ValueError(f"{path}: made with another configuration; move it away to start anew")
         self.model.load_state_dict(state["model"])
         self.average = state["average"]
@@ -310,8 +346,10 @@ class Trainer:
         self.done.durations = state["durations"]
         log.info("resumed from %s: %s", path, self.done.minutes)
 
-    def export(self) -> Path:
+    def export(self) -> None:
         """Write the averaged weights in the official layout, and a snapshot of the generator."""
+        if not together.first():
+            return
         generator = UnitHiFiGAN(self.model.generator.config)
         prefix = "generator."
         generator.load_state_dict(
@@ -321,9 +359,8 @@ class Trainer:
         snapshot = self.folder / f"snapshot_{minutes:04.0f}"
         for folder in (self.folder / FOLDER, snapshot, self.ship):
             if folder is not None:
-                write_checkpoint(generator, folder)
+                write_checkpoint(generator, folder, self.config)
         log.info("exported %s", snapshot)
-        return snapshot
 
 
 def main(
@@ -335,27 +372,35 @@ def main(
     unit_minutes: Annotated[float, typer.Option(help="Minutes for the units phase.")] = 6.0,
     voice: Annotated[str, typer.Option(help="Voice of the corpus to speak with.")] = "heart",
     batch: Annotated[int, typer.Option(help="Crops a step in the mel and joint phases.")] = 4,
+    kernels: Annotated[
+        str, typer.Option(help="Of the residual blocks; 3,7,11 is the full HiFi-GAN.")
+    ] = "3",
     seed: Annotated[int, typer.Option(help="Seed of weights and crops.")] = 0,
     ship: Annotated[Path | None, typer.Option(help="Also export to this folder.")] = None,
     duration_steps: Annotated[int, typer.Option(help="Steps of the duration predictor.")] = 3000,
     evaluate: Annotated[int, typer.Option(help="Sentences of each kind to judge at the end.")] = 30,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     threads: Annotated[int, typer.Option(help="CPU threads of torch.")] = 1,
 ) -> None:
     """Train the vocoder of one voice; resumes, and ends when its minutes are spent."""
     budget = {
         "mel": mel_minutes, "units": unit_minutes, "joint": minutes, "sharpen": sharpen_minutes
     }  # fmt: skip
-    trainer = Trainer(
-        work, Settings(budget, batch=batch, seed=seed, duration_steps=duration_steps), voice, ship
-    )
+    sizes = tuple(int(size) for size in kernels.split(","))
+    settings = Settings(budget, sizes, batch, seed=seed, duration_steps=duration_steps)
+    trainer = Trainer(work, settings, voice, ship, together.join(device))
     _log_to(trainer.folder / "train.log")
     with _as_a_training(trainer, threads):
         _train(trainer, phase)
-        if evaluate and phase != "mel":
+        if trainer.stopped:
+            raise KeyboardInterrupt
+        if evaluate and phase != "mel" and together.first():
             made = trainer.folder / FOLDER
             result = measure(made, work, voice, evaluate, trainer.folder / "spoken")
             result["minutes"] = trainer.done.minutes
+            trainer.board.add(sum(trainer.done.steps.values()), result, "speaks")
             log.info("%s: %s", write_report(result, work), result)
+    together.leave()
 
 
 def _train(trainer: Trainer, phase: str) -> None:
@@ -392,6 +437,8 @@ def _as_a_training(trainer: Trainer, threads: int) -> Iterator[None]:
 
 
 def _save_adversary(adversary: Adversary, path: Path) -> None:
+    if not together.first():
+        return
     state = {"judges": adversary.state_dict(), "optimizer": adversary.optimizer.state_dict()}
     part = path.with_suffix(".part")
     torch.save(state, part)

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from recipes import together
+
 PERIODS = (2, 3, 5, 7, 11)
 SIZES = (2048, 1024, 512)  # FFT lengths: the longest tells harmonics apart
 Judged = list[list[Tensor]]
@@ -99,6 +101,7 @@ class Adversary(nn.Module):
             loss = loss + judge(made.detach())[-1].square().mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        together.average(self.parameters())
         nn.utils.clip_grad_norm_(self.parameters(), 10.0)
         self.optimizer.step()
         return float(loss.detach())

@@ -38,13 +38,15 @@ def train_durations(
         the mean squared error over the last tenth of the steps.
     """
     predictor = generator.dur_predictor.requires_grad_(True)
+    place = generator.dict.weight.device
     optimizer = torch.optim.AdamW(predictor.parameters(), lr, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     random = np.random.default_rng(seed)
     pairs = [run_lengths(r) for r in recordings]
     errors = []
     for _ in range(steps):
-        code, goal, mask = _batch([pairs[i] for i in random.integers(0, len(pairs), batch)])
+        drawn = _batch([pairs[i] for i in random.integers(0, len(pairs), batch)])
+        code, goal, mask = (tensor.to(place) for tensor in drawn)
         embedded = generator.dict(code).detach() * mask[..., None]
         embedded = F.dropout(embedded, 0.1)
         error = (predictor(embedded) - torch.log(goal + 1)).square()
@@ -75,7 +77,9 @@ def _batch(pairs: list[tuple[np.ndarray, np.ndarray]]) -> tuple[Tensor, Tensor, 
 @torch.no_grad()
 def _calibrate(generator: UnitHiFiGAN, pairs: list[tuple[np.ndarray, np.ndarray]]) -> float:
     """Shift the output bias so that the rounded predictions add up to the true frames."""
-    logs = torch.cat([generator.log_durations(torch.from_numpy(c)[None])[0] for c, _ in pairs])
+    place = generator.dict.weight.device
+    codes = (torch.from_numpy(code)[None].to(place) for code, _ in pairs)
+    logs = torch.cat([generator.log_durations(code)[0] for code in codes])
     total = sum(int(frames.sum()) for _, frames in pairs)
     low, high = -1.0, 1.0
     for _ in range(30):

@@ -56,6 +56,19 @@ CONFIG: dict[str, Any] = {
 }
 
 
+def config_of(kernels: tuple[int, ...] = (3,)) -> dict[str, Any]:
+    """The content of ``config.json`` with residual blocks of these kernels.
+
+    Raises:
+        ValueError: a kernel that is no odd number, or none at all.
+    """
+    if not kernels or any(size < 1 or size % 2 == 0 for size in kernels):
+        raise ValueError(f"vocoder kernels {kernels}: expected odd numbers such as 3,7,11")
+    dilations = [list(CONFIG["resblock_dilation_sizes"][0]) for _ in kernels]
+    changed = {"resblock_kernel_sizes": list(kernels), "resblock_dilation_sizes": dilations}
+    return CONFIG | changed
+
+
 class Model(nn.Module):
     """The generator with what only training needs: the mel adapter and the mel head at 125 Hz."""
 
@@ -91,10 +104,13 @@ class Model(nn.Module):
         return [*low, *high, self.head]
 
 
-def write_checkpoint(generator: UnitHiFiGAN, folder: Path) -> None:
-    """``config.json``, ``generator.pt`` (fp16, about 3 MB) and ``speakers.txt`` in ``folder``."""
+def write_checkpoint(
+    generator: UnitHiFiGAN, folder: Path, config: dict[str, Any] | None = None
+) -> None:
+    """``config.json``, ``generator.pt`` (fp16, 3 MB with one kernel), ``speakers.txt``."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(CONFIG, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(config or CONFIG, indent=1)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
     names = ["heart", *(f"unused{i}" for i in range(1, CONFIG["num_speakers"]))]
     (folder / "speakers.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
     part = folder / "generator.part"

@@ -16,6 +16,7 @@ from recipes.vocoder_adversary import Adversary
 from recipes.vocoder_data import HOP, Crops, attach, load_recordings, run_starts
 from recipes.vocoder_durations import run_lengths, train_durations
 from recipes.vocoder_loss import FrameMel, SpectralLoss
+from recipes.vocoder_model import config_of
 from stages.hifigan import UnitHiFiGAN, VocoderConfig
 from stages.units import Units, string_to_units, units_to_string
 from stages.vocoder import Vocoder
@@ -99,7 +100,7 @@ def test_frame_mel_is_centred_on_its_samples() -> None:
 def test_durations_are_learnt_and_calibrated(tmp_path: Path) -> None:
     recordings = load_recordings(fake_corpus(tmp_path), "heart", "train")
     torch.manual_seed(0)
-    generator = UnitHiFiGAN(VocoderConfig.parse(recipe.CONFIG, "test"))
+    generator = UnitHiFiGAN(VocoderConfig.parse(config_of((3,)), "test"))
     before = generator.dict.weight.clone()
     first = train_durations(generator, recordings, steps=5)
     assert train_durations(generator, recordings, steps=150) < first

@@ -8,6 +8,7 @@ the key and what was expected.
 from __future__ import annotations
 
 import difflib
+import json
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -89,6 +90,7 @@ def load_config(name_or_path: str | Path = "nano", overrides: Sequence[str] = ()
         _refuse_unknown(_nested(key, value), source)
         _merge(values, _nested(key, value))
         origins[key] = source
+    _read_actions(values, Path() if "reply.actions" in origins else path.parent)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -172,6 +174,21 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: expected sections such as 'vad:', found {reprlib.repr(value)}")
     # A section whose lines are all commented out is there, but empty.
     return {k: {} if v is None and _is_section(k) else v for k, v in value.items()}
+
+
+def _read_actions(values: dict[str, Any], folder: Path) -> None:
+    """Put the schema in the place of the name of the file that holds it."""
+    reply = values.get("reply")
+    name = reply.get("actions") if isinstance(reply, dict) else None
+    if not isinstance(reply, dict) or not isinstance(name, str):
+        return
+    path = folder / Path(name).expanduser()
+    try:
+        reply["actions"] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"reply.actions: {path}: not a JSON file that can be read: {error}"
+        ) from None
 
 
 def _parse(override: str) -> tuple[str, Any]:

@@ -181,8 +181,9 @@ class ReplyConfig(Section):
     )
     actions: dict[str, Any] | None = Field(
         default=None,
-        description="JSON schema of the actions that may begin a planned reply, for models trained "
-        'on them or shown examples of it: {"action":"stop"} I stand still. null for none',
+        description="JSON schema of the actions that may begin a planned reply, or the name of a "
+        "file that holds it, for models trained on them or shown examples: "
+        '{"action":"stop"} I stand still. null for none',
     )
     context_tokens: int = Field(
         default=1600, ge=64, description="past conversation that is remembered, tokens"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,23 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path, write) -> None:
 def test_yaml_cannot_build_python_objects(write) -> None:
     message = refusal(write("vad: !!python/object/apply:os.system ['true']\n"))
     assert "not valid YAML" in message
+
+
+def test_actions_are_described_in_place_or_in_a_file_beside_the_configuration(
+    tmp_path: Path, write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schema = {"type": "object", "required": ["action"]}
+    written = write("reply: {actions: things.json}\n")
+    assert "things.json" in refusal(written)
+    (written.parent / "things.json").write_text(json.dumps(schema))
+    assert load_config(written).reply.actions == schema
+    monkeypatch.chdir(written.parent)  # on the command line, a name is one from here
+    assert load_config("nano", ["reply.actions=things.json"]).reply.actions == schema
+    (written.parent / "things.json").write_text("{")
+    assert "not a JSON file" in refusal(written)
+    assert load_config(write("reply: {actions: {type: object}}\n")).reply.actions == {
+        "type": "object"
+    }
 
 
 def test_an_official_model_without_its_folder_says_what_to_set(

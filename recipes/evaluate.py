@@ -37,6 +37,7 @@ SPOKEN = 200  # heldout requests per group whose replies are also spoken; of tho
 TYPED = 300  # heldout requests of each kind that are typed
 VOCODED = 60  # sentences per group for the vocoder alone
 JOE = 150  # requests in the unseen voice joe
+SHOWN = 4  # answers of each group in the card
 PLAYED = 12  # replies kept as wav files
 ADDED = "added_"  # before the names of groups of requests that the first nano did not have
 
@@ -174,6 +175,7 @@ def measure_one(
         "heard": turn.heard,
         "reply": turn.reply,
         "action": turn.action,
+        "before": [[past.request, past.reply] for past in example.before],
         **exam.judge(example, turn),
         "recognizer": judge.hear(wave),
         "request_seconds": len(wave) / SAMPLE_RATE,
@@ -313,8 +315,9 @@ def evaluate(
         **{name: together(results) for name, results in answers.items()},
         "typed": measure_typed(nano, exam, min(limit or TYPED, TYPED), seed),
         "human": measure_human(nano, judge, prompts) if prompts else None,
+        "followups": rights([r for rows in answers.values() for r in rows if r.get("before")]),
         "speed": speed(answers["trained"]),
-        "examples": [_example(row) for row in answers["trained"][:12]],
+        "examples": [_example(row) for rows in answers.values() for row in rows[:SHOWN]],
     }
     reports.mkdir(exist_ok=True)
     text = json.dumps(result, indent=2, ensure_ascii=False)
@@ -354,7 +357,7 @@ def choose_groups(
 
 
 def _example(row: Row) -> Row:
-    keys = ("voice", "text", "heard", "action", "reply", "reply_heard")
+    keys = ("voice", "before", "text", "heard", "action", "reply", "reply_heard")
     return {k: row[k] for k in keys if k in row}
 
 

@@ -1,15 +1,19 @@
 """``python -m recipes listen``: a page on which one hears what the model hears and says.
 
-A dozen questions that training never saw, in known and unknown voices, with the model's answers:
-sound, spectrogram and unit streams, in one HTML file that needs nothing else.
+A dozen questions that training never saw, in known and unknown voices, some of them after other
+turns or for a robot to do something, with the model's answers: sound, spectrogram, unit streams and
+actions, in one HTML file that needs nothing else.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -19,9 +23,10 @@ import soundfile
 import typer
 from rich.progress import track
 
-from recipes import domain
-from recipes.corpus import read_manifest
-from recipes.evaluate import Row, choose_sets, load_wave
+from recipes import dialogues
+from recipes.corpus import corpus_seed, read_manifest
+from recipes.dialogues import action_text
+from recipes.evaluate import Exam, Row, load_wave
 from recipes.nano import Nano
 from recipes.voices import SAMPLE_RATE, VOICES
 from stages.lm import Sampling
@@ -58,7 +63,9 @@ class Pair:
 
     Attributes:
         heard: the model's own transcript of the question.
-        right: whether the reply is one of those that were wanted.
+        right: whether the reply, with its action, is one of those that were wanted.
+        before: the turns before it, which the model was given as text.
+        action: what the reply makes a robot do, as JSON; "" for nothing.
     """
 
     voice: str
@@ -67,21 +74,45 @@ class Pair:
     right: bool
     question: Side
     answer: Side
+    before: Sequence[dialogues.Turn] = ()
+    action: str = ""
 
 
-def ask(nano: Nano, world: domain.Domain, row: Row, folder: Path) -> Pair:
+def choose(exam: Exam, rows: Iterable[Row], count: int, seed: int = 0) -> list[Row]:
+    """``count`` held-out requests in turns of every kind and of known and unknown voices: those of
+    the first domain, those added, robot commands, follow-ups."""
+    kinds: dict[tuple[str, bool], list[Row]] = defaultdict(list)
+    for row in sorted(rows, key=lambda row: str(row["id"])):
+        example = exam.examples.get(row["transcript"])
+        if row["split"] == "heldout" and row["role"] == "request" and example is not None:
+            kind = "added" if example.added else "first"
+            if example.action is not None:
+                kind = "command"
+            if example.before:
+                kind = "follow-up"
+            kinds[kind, VOICES[row["voice"]].trained].append(row)
+    rng = random.Random(seed)
+    for some in kinds.values():
+        rng.shuffle(some)
+    rounds = zip_longest(*(kinds[key] for key in sorted(kinds)))
+    return [row for one_of_each in rounds for row in one_of_each if row is not None][:count]
+
+
+def ask(nano: Nano, exam: Exam, row: Row, folder: Path) -> Pair:
     """One recording of the corpus answered."""
     wave = load_wave(folder / row["wav"])
-    turn = nano.listen(wave)
+    example = exam.examples[row["transcript"]]
+    turn = nano.listen(wave, example.before)
     nano.phrase(turn)
-    request = world.by_transcript[row["transcript"]]
     return Pair(
         voice=row["voice"],
         known=VOICES[row["voice"]].trained,
         heard=turn.heard,
-        right=world.is_right(request.intent, dict(request.slots), turn.reply),
+        right=exam.judge(example, turn)["right"],
         question=_side(row["text"], wave, segments(nano.ears.encode(wave, allow_unvoiced=True))),
         answer=_side(turn.reply, *speak(nano, string_to_units(turn.units))),
+        before=example.before,
+        action=action_text(turn.action),
     )
 
 
@@ -179,14 +210,12 @@ def main(
 ) -> None:
     """Write a page of questions and answers to listen to."""
     folder = work / "corpus"
-    world = domain.build(seed)
-    sets = choose_sets(read_manifest(folder), world, count, seed)
-    unseen = sets["unseen"][: count // 3]
-    rows = [*sets["trained"][: count - len(unseen)], *unseen]
+    exam = Exam(dialogues.load(corpus_seed(work)))
+    rows = choose(exam, read_manifest(folder), count, seed)
     if not rows:
         raise FileNotFoundError(f"no heldout recordings in {folder}: run `recipes corpus` first")
     nano = Nano(checkpoint, Sampling(temperature, 0.9, seed))
-    pairs = [ask(nano, world, row, folder) for row in track(rows, "answering")]
+    pairs = [ask(nano, exam, row, folder) for row in track(rows, "answering")]
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page(pairs, checkpoint.name), encoding="utf-8")
     typer.echo(f"{out}: {len(pairs)} pairs, {out.stat().st_size / 1e6:.1f} MB")

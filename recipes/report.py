@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from recipes.dialogues import action_text
 from recipes.voices import STYLE_NAMES, VOICES
 
 Row = Mapping[str, Any]
@@ -126,6 +127,11 @@ def _replies(result: Row) -> str:
             interval(some["right_action"]), interval(some["right_spoken"]),
             percent(some["speech"]["wer"]),
         ])  # fmt: skip
+    if result.get("followups"):
+        row = result["followups"]
+        n, text, action = row["right_text"]["n"], row["right_text"], row["right_action"]
+        name = "follow-ups among these, all voices"
+        rows.append([name, str(n), "–", interval(text), interval(action), "–", "–"])
     for kind, row in result["typed"].items():
         n, text, action = row["right_text"]["n"], row["right_text"], row["right_action"]
         rows.append([f"{kind}, typed", str(n), "–", interval(text), interval(action), "–", "–"])
@@ -200,12 +206,24 @@ def _data(corpus: Row) -> Iterator[str]:
 
 def _examples(result: Row) -> Iterator[str]:
     yield "## Examples\n"
-    yield "The first of the evaluation, right or wrong:\n"
+    yield "The first of each group of the evaluation, right or wrong:\n"
     rows = [
-        [row["text"], row["heard"], row["reply"], row.get("reply_heard", "–")]
+        [_asked(row), row["heard"], _answered(row), row.get("reply_heard", "–")]
         for row in result["examples"]
     ]
     yield _table(["request", "nano heard", "nano's reply", "recognized from its speech"], rows)
+
+
+def _asked(row: Row) -> str:
+    """The request, after the turns before it."""
+    before = [f"“{request}” “{reply}”" for request, reply in row.get("before", ())]
+    return " ".join([*before, row["text"]])
+
+
+def _answered(row: Row) -> str:
+    """The reply, after its action."""
+    action = action_text(row.get("action"))
+    return f"`{action}` {row['reply']}" if action else str(row["reply"])
 
 
 def write_card(checkpoint: Path, reports: Path) -> Path:

@@ -54,6 +54,6 @@ def human_prompts(known: set[str], limit: int | None) -> list[tuple[str, np.ndar
         path = HUMAN / f"{name.strip()}.g722"
         plain = "[" not in text and 1 <= len(words) <= 12 and known.issuperset(words)
         if plain and path.is_file():
-            found.append((text.strip(), decode_audio(str(path), sampling_rate=16_000)))
+            found.append((text.strip(), path))
     random.Random(0).shuffle(found)
-    return found[:limit]
+    return [(text, decode_audio(str(path), sampling_rate=16_000)) for text, path in found[:limit]]

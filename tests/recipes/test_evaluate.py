@@ -91,7 +91,18 @@ def test_the_card_says_what_was_measured_and_nothing_else(tmp_path: Path) -> Non
         "typed": {"added": {"right_text": scoring.rate([True]), "right_action": scoring.rate([])}},
         "human": None,
         "speed": {},
-        "examples": [{"text": "Hello.", "heard": "hello", "reply": "Hi!", "voice": "heart"}],
+        "followups": group(3),
+        "examples": [
+            {"text": "Hello.", "heard": "hello", "reply": "Hi!", "voice": "heart"},
+            {
+                "text": "And back.",
+                "heard": "and back",
+                "reply": "I turn back.",
+                "voice": "heart",
+                "action": {"action": "turn"},
+                "before": [["Turn left.", "I turn left."]],
+            },
+        ],
     }
     (tmp_path / "evaluation.json").write_text(json.dumps(result))
     card = report.write_card(tmp_path, tmp_path).read_text()
@@ -101,6 +112,9 @@ def test_the_card_says_what_was_measured_and_nothing_else(tmp_path: Path) -> Non
     assert "Speed on" not in card and "real woman" not in card and "Training data" not in card
     assert "| added, typed | 1 | – | 100.0 % (21–100) | – | – | – |" in card
     assert "added, trained voices" not in card
+    assert "| follow-ups among these, all voices | 3 |" in card
+    assert "| “Turn left.” “I turn left.” And back. | and back | `{" in card
+    assert '`{"action":"turn"}` I turn back. |' in card
     assert len(report.headline(result)) == 4
 
 

@@ -1,4 +1,5 @@
-# `make demo` runs the main job, `make test` the tests, `make lint` the checks of style and types.
+# `make demo` runs the main job, `make test` the tests, `make lint` the checks of style and types,
+# `make smoke` the making of a model, small.
 # Each sets up a virtual environment of its own on first use.
 PYTHON ?= python3
 VENV   ?= .venv
@@ -8,7 +9,7 @@ CORES  ?= 2
 RUN    := $(VENV)/.run-ready
 DEV    := $(VENV)/.dev-ready
 
-.PHONY: demo test lint format clean
+.PHONY: demo test smoke lint format clean
 
 demo: $(RUN)
 	$(BIN)/python -m agent run examples/question.wav reply.wav --trace trace.json
@@ -17,6 +18,11 @@ test: $(DEV)
 	$(BIN)/python -m pytest -m 'not (broker or realtime)' --numprocesses $(CORES) --dist loadfile
 	$(BIN)/python -m pytest -m broker --numprocesses $(CORES) --dist loadfile
 	$(BIN)/python -m pytest -m realtime
+
+# The whole chain of recipes on a few recordings, from nothing to a model: some five minutes.
+smoke: $(DEV)
+	rm -rf build/smoke
+	$(BIN)/python -m recipes all smoke --work build/smoke
 
 lint: $(DEV)
 	$(BIN)/ruff check .

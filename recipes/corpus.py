@@ -28,6 +28,7 @@ import soundfile
 import typer
 from rich.progress import track
 
+from agent.errors import UserError
 from recipes import dialogues, domain
 from recipes.align import shift
 from recipes.clock import Stopwatch
@@ -366,17 +367,18 @@ def summary(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 def corpus(
     work: Path, seed: int = 0, limit: int | None = None, processes: int = 2,
-    minutes: float | None = None,
+    minutes: float | None = None, speakers: Collection[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Make the corpus under ``work`` and return its summary.
 
     Args:
+        speakers: only recordings in these voices; all where there are none.
         limit: only so many recordings.
         minutes: of work after which no more are made; those there are a fair sample.
     """
     folder = work / "corpus"
     folder.mkdir(parents=True, exist_ok=True)
-    jobs = plan(seed)
+    jobs = [job for job in plan(seed) if not speakers or job.voice in speakers]
     asked = {job.text for job in jobs if job.role == "request"}
     # What was recorded from an earlier state of the domain stays in use where it still has it.
     asked |= {row["text"] for row in read_manifest(folder) if row["role"] == "request"}
@@ -387,7 +389,7 @@ def corpus(
     (work / "reports").mkdir(exist_ok=True)
     text = json.dumps(report, indent=2)
     (work / "reports" / "corpus.json").write_text(text + "\n", encoding="utf-8")
-    if limit is None and minutes is None:
+    if limit is None and minutes is None and not speakers:
         (folder / "DONE").write_text(text + "\n", encoding="utf-8")
     return report
 
@@ -437,8 +439,13 @@ def main(
     minutes: Annotated[
         float | None, typer.Option(help="Make no more after so many minutes in this run.")
     ] = None,
+    voices: Annotated[str, typer.Option(help="Only these voices of the plan: heart,slt")] = "",
     processes: Annotated[int, typer.Option(help="Processes that synthesise.")] = PROCESSES,
 ) -> None:
     """Synthesise the corpus: requests, replies and varied sentences, with alignments."""
-    report = corpus(work, seed, limit, processes, minutes)
+    speakers = [name.strip() for name in voices.split(",") if name.strip()]
+    for name in speakers:
+        if name not in VOICES:
+            raise UserError(f"corpus: no voice {name!r}; known are {', '.join(VOICES)}")
+    report = corpus(work, seed, limit, processes, minutes, speakers)
     typer.echo(f"{report['recordings']} recordings, {report['hours']} hours, in {work / 'corpus'}")

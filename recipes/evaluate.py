@@ -26,6 +26,7 @@ import typer
 from rich.progress import track
 
 from recipes import dialogues, domain, report
+from recipes.board import Board
 from recipes.corpus import corpus_seed, read_manifest
 from recipes.nano import Nano, Turn, fingerprint
 from recipes.scoring import RECOGNIZER, Recognizer, rate, spoken, word_errors
@@ -322,6 +323,9 @@ def evaluate(
     reports.mkdir(exist_ok=True)
     text = json.dumps(result, indent=2, ensure_ascii=False)
     (reports / "evaluation.json").write_text(text + "\n", encoding="utf-8")
+    board = Board(work / "tensorboard" / "evaluate")
+    board.add(0, {name: row for name, row in result.items() if name != "sampling"})
+    board.close()
     return result
 
 

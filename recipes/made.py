@@ -15,6 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from agent.errors import UserError
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("agent", "recipes", "stages")  # whose code counts
 UNFINISHED = (".partial", ".part", ".tmp")
@@ -51,7 +53,7 @@ class Made:
     """The entries of {work}/made.json, written at every change.
 
     Raises:
-        ValueError: the file is not one of these.
+        UserError: the file is not one of these.
     """
 
     def __init__(self, work: Path) -> None:
@@ -62,7 +64,7 @@ class Made:
                 content = json.loads(self.path.read_text(encoding="utf-8"))
                 self.entries = {name: Entry(**entry) for name, entry in content.items()}
             except (ValueError, TypeError, AttributeError) as error:
-                raise ValueError(
+                raise UserError(
                     f"{self.path}: cannot be read ({error}); remove it, and every step runs again"
                 ) from error
 

@@ -127,8 +127,8 @@ def _replies(result: Row) -> str:
             interval(some["right_action"]), interval(some["right_spoken"]),
             percent(some["speech"]["wer"]),
         ])  # fmt: skip
-    if result.get("followups"):
-        row = result["followups"]
+    row = result.get("followups")
+    if row and row["right_text"]["n"]:
         n, text, action = row["right_text"]["n"], row["right_text"], row["right_action"]
         name = "follow-ups among these, all voices"
         rows.append([name, str(n), "–", interval(text), interval(action), "–", "–"])
@@ -232,7 +232,11 @@ def write_card(checkpoint: Path, reports: Path) -> Path:
     Raises FileNotFoundError when there is no evaluation.
     """
     result = json.loads((reports / "evaluation.json").read_text(encoding="utf-8"))
-    parts = [INTRODUCTION, *_figures(result), *_examples(result)]
+    parts = [
+        INTRODUCTION.replace("# nano", f"# {checkpoint.resolve().name}", 1),
+        *_figures(result),
+        *_examples(result),
+    ]
     parts.append(ORIGIN.format(styles=", ".join(f"{i} {n}" for i, n in enumerate(STYLE_NAMES))))
     if (reports / "corpus.json").is_file():
         parts += _data(json.loads((reports / "corpus.json").read_text(encoding="utf-8")))

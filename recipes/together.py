@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from agent.errors import UserError
+
 
 def join(device: str = "auto") -> torch.device:
     """The device of this process, after all processes have met where there are several.
@@ -22,14 +24,14 @@ def join(device: str = "auto") -> torch.device:
         device: ``cpu``, ``cuda``, or ``auto`` for CUDA where there is one.
 
     Raises:
-        ValueError: CUDA was asked for and is not there, or not for every process.
+        UserError: CUDA was asked for and is not there, or not for every process.
     """
     if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device {device!r}: expected auto, cpu or cuda")
+        raise UserError(f"device {device!r}: expected auto, cpu or cuda")
     cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     local = int(os.environ.get("LOCAL_RANK", 0))
     if cuda and local >= torch.cuda.device_count():
-        raise ValueError(
+        raise UserError(
             f"process {local + 1} finds {torch.cuda.device_count()} CUDA devices: start as many "
             "processes as there are, or set the device to cpu"
         )

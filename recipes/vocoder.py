@@ -34,6 +34,7 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from agent.errors import UserError
 from recipes import together
 from recipes.board import Board
 from recipes.clock import Stopwatch
@@ -41,7 +42,15 @@ from recipes.vocoder_adversary import Adversary
 from recipes.vocoder_data import Crops, Recording, load_recordings, load_waves
 from recipes.vocoder_durations import train_durations
 from recipes.vocoder_loss import FrameMel, SpectralLoss
-from recipes.vocoder_model import CONTEXT, FOLDER, PHASES, Model, config_of, write_checkpoint
+from recipes.vocoder_model import (
+    CONTEXT,
+    FOLDER,
+    PHASES,
+    Model,
+    config_of,
+    parse_kernels,
+    write_checkpoint,
+)
 from recipes.vocoder_report import measure, write_report
 from stages.hifigan import UnitHiFiGAN, VocoderConfig
 
@@ -337,7 +346,7 @@ class Trainer:
             return
         state = torch.load(path, weights_only=True, map_location=self.device)
         if state["config"] != json.dumps(self.config):
-            raise ValueError(f"{path}: made with another configuration; move it away to start anew")
+            raise UserError(f"{path}: made with another configuration; move it away to start anew")
         self.model.load_state_dict(state["model"])
         self.average = state["average"]
         self.optimizer_phase, self.optimizer_state = state["phase"], state["optimizer"]
@@ -386,8 +395,9 @@ def main(
     budget = {
         "mel": mel_minutes, "units": unit_minutes, "joint": minutes, "sharpen": sharpen_minutes
     }  # fmt: skip
-    sizes = tuple(int(size) for size in kernels.split(","))
-    settings = Settings(budget, sizes, batch, seed=seed, duration_steps=duration_steps)
+    settings = Settings(
+        budget, parse_kernels(kernels), batch, seed=seed, duration_steps=duration_steps
+    )
     trainer = Trainer(work, settings, voice, ship, together.join(device))
     _log_to(trainer.folder / "train.log")
     with _as_a_training(trainer, threads):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from agent.errors import UserError
 from stages.hifigan import UnitHiFiGAN, VocoderConfig, official_state
 
 FOLDER = "hifigan_spiritlm_expressive_w2v2"
@@ -60,13 +61,21 @@ def config_of(kernels: tuple[int, ...] = (3,)) -> dict[str, Any]:
     """The content of ``config.json`` with residual blocks of these kernels.
 
     Raises:
-        ValueError: a kernel that is no odd number, or none at all.
+        UserError: a kernel that is no odd number, or none at all.
     """
     if not kernels or any(size < 1 or size % 2 == 0 for size in kernels):
-        raise ValueError(f"vocoder kernels {kernels}: expected odd numbers such as 3,7,11")
+        raise UserError(f"vocoder kernels {kernels}: expected odd numbers such as 3,7,11")
     dilations = [list(CONFIG["resblock_dilation_sizes"][0]) for _ in kernels]
     changed = {"resblock_kernel_sizes": list(kernels), "resblock_dilation_sizes": dilations}
     return CONFIG | changed
+
+
+def parse_kernels(text: str) -> tuple[int, ...]:
+    """``"3,7,11"`` as numbers. Raises UserError for anything else."""
+    try:
+        return tuple(int(size) for size in text.split(","))
+    except ValueError:
+        raise UserError(f"vocoder kernels {text!r}: expected numbers such as 3,7,11") from None
 
 
 class Model(nn.Module):

@@ -16,7 +16,7 @@ from recipes.vocoder_adversary import Adversary
 from recipes.vocoder_data import HOP, Crops, attach, load_recordings, run_starts
 from recipes.vocoder_durations import run_lengths, train_durations
 from recipes.vocoder_loss import FrameMel, SpectralLoss
-from recipes.vocoder_model import config_of
+from recipes.vocoder_model import FOLDER, config_of, parse_kernels
 from stages.hifigan import UnitHiFiGAN, VocoderConfig
 from stages.units import Units, string_to_units, units_to_string
 from stages.vocoder import Vocoder
@@ -128,6 +128,23 @@ def test_training_ships_a_checkpoint_that_speaks_and_resumes(tmp_path: Path) -> 
     assert more["steps"]["mel"] == state["steps"]["mel"]
     assert state["steps"]["sharpen"] > 0 and (work / "vocoder" / "adversary.pt").is_file()
     assert (work / "vocoder" / "train.log").read_text().count("resumed") == 1
+
+
+def test_full_kernels_are_trained_and_still_small(tmp_path: Path) -> None:
+    work = fake_corpus(tmp_path / "work", count=2)
+    minutes = {"mel_minutes": 0.002, "unit_minutes": 0.002, "sharpen_minutes": 0.0}
+    recipe.main(work=work, minutes=0.002, kernels="3,7,11", duration_steps=2, evaluate=0, **minutes)
+    made = work / "vocoder" / FOLDER
+    assert Vocoder.load(made).config.resblock_kernels == (3, 7, 11)
+    assert (made / "generator.pt").stat().st_size < 16 * 2**20
+    with pytest.raises(recipe.UserError, match="another configuration"):
+        recipe.main(work=work, kernels="3")
+
+
+@pytest.mark.parametrize(("kernels", "told"), [("3,x", "numbers such as"), ("4", "odd numbers")])
+def test_kernels_that_cannot_be_are_named(kernels: str, told: str) -> None:
+    with pytest.raises(recipe.UserError, match=told):
+        config_of(parse_kernels(kernels))
 
 
 def test_training_leaves_the_process_as_it_was(tmp_path: Path) -> None:

@@ -241,11 +241,12 @@ class Service:
         if self.room() <= 0:
             self.busy(name)
             return None
-        pool, given = self._pool, None
+        pool = self._pool
+        ours: tuple[Any, ...] = ()
         if pool is not None:
-            given = functools.partial(self._given, name)
-        ready = (lambda: None) if pool is None else functools.partial(pool.settle, name)
-        device = Device(name, self._broker, self._models, self._config, given, ready)
+            bound = (self._given, pool.settle, pool.pass_on)
+            ours = tuple(functools.partial(each, name) for each in bound)
+        device = Device(name, self._broker, self._models, self._config, *ours)
         self._devices[name] = device
         if pool is not None:
             pool.room_changed()

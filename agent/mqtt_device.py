@@ -13,7 +13,7 @@ from agent.config import Config
 from agent.conversation import State
 from agent.embedding import SpeechAgent
 from agent.errors import UserError
-from agent.events import Event, ReplyAudio, Spoken, StateChanged, TurnEnded, TurnStarted
+from agent.events import Event, ReplyAudio, Spoken, StateChanged, TurnEnded
 from agent.models import Models
 from agent.mqtt_audio import RemoteMicrophone, RemotePlayback
 from agent.mqtt_limits import Bucket
@@ -61,15 +61,18 @@ class Device:
         config: Config,
         given: Callable[[str, bytes], None] | None = None,
         ready: Callable[[], None] = lambda: None,
+        pass_on: Callable[[str, bytes], bool] | None = None,
     ) -> None:
         """
         Args:
             given: told what the device publishes, name of the topic and payload, by its own
                 connection; ``None`` if that comes otherwise.
             ready: called when nothing more of it will be missed.
+            pass_on: gives a request that we will not answer any more to another service; whether
+                there is one. ``None`` leaves it with the broker for the next service.
         """
         self.name = name
-        self._config, self._given, self._ready = config, given, ready
+        self._config, self._given, self._ready, self._pass_on = config, given, ready, pass_on
         self._model = f"{models.layout.lm.name} {models.tokenizer.size}"
         self._copies: Copies | None = Copies()
         self._snapshot = b""
@@ -88,7 +91,9 @@ class Device:
         self._microphone = RemoteMicrophone(config.mqtt.jitter_ms / 1000)
         self._playback = RemotePlayback(self._send, self._duck, config.mqtt.lead_ms / 1000)
         self._requests: asyncio.Queue[Ask | Say] = asyncio.Queue(_WAITING)
-        self._left = False
+        self._submitting: asyncio.Future[int] | None = None
+        self._leaving = self._left = False
+        self._over = 0  # number of the latest turn that has ended
         self._off: dict[Literal["mute", "gate"], bool] = {"mute": False, "gate": False}
         self._agent = SpeechAgent(config, models)
         self._anew, self._talking, self._ended = (asyncio.Event() for _ in range(3))
@@ -163,6 +168,7 @@ class Device:
             if found.model != self._model:
                 raise BadMessage(f"it is of the model {found.model!r}, not of {self._model!r}")
             self._agent.restore(Memory(found.turn, found.turns))
+            self._over = found.turn
         except (BadMessage, ValueError) as error:
             self.refuse("snapshot", f"the conversation cannot be gone on with: {error}")
             return
@@ -227,10 +233,23 @@ class Device:
         self._publish("event", as_json(message), 1)
 
     def _ask(self, item: Ask | Say) -> None:
+        if self._leaving:
+            self._give_back(item)
+            return
         try:
             self._requests.put_nowait(item)
         except asyncio.QueueFull:
             self.refuse("text/in", f"{_WAITING} requests are waiting: wait for their replies")
+
+    def _give_back(self, item: Ask | Say) -> None:
+        """Somebody else is to answer this request."""
+        name, payload = "text/in", item.text.encode()
+        if isinstance(item, Say):
+            name, payload = "command", as_json(item.model_dump())
+        if self._pass_on is None:
+            self._publish(name, payload, 1)
+        elif not self._pass_on(name, payload):
+            self.refuse(name, "the service ends before it could answer: ask again")
 
     def _reset(self) -> None:
         self._publish("snapshot", b"", 1, True)
@@ -276,8 +295,6 @@ class Device:
         message = describe(event)
         if message is not None:
             self.tell(message)
-        if isinstance(event, TurnStarted):
-            self._ended.clear()
         if isinstance(event, StateChanged):
             self._talking.set()
             self._now(_STATES.get(event.state, event.state))
@@ -288,6 +305,7 @@ class Device:
             self._publish("text/out", as_json(text), 1)
         elif isinstance(event, TurnEnded):
             self._metrics(event)
+            self._over = event.turn
             self._ended.set()
 
     def _metrics(self, event: TurnEnded) -> None:
@@ -341,9 +359,15 @@ class Device:
 
     async def leave(self, state: str, seconds: float = 0.6) -> None:
         """End the turn in progress, say that nobody is here any more, and wait until all of it has
-        been said."""
-        if self._state in _BUSY:
-            await self._agent.interrupt(state)
+        been said. Requests that wait are given back."""
+        self._leaving = True
+        if self._submitting is not None:
+            self._submitting.cancel()
+        while not self._requests.empty():
+            self._give_back(self._requests.get_nowait())
+        await self._agent.interrupt(state)
+        if self._over < self._agent.memory.turn:
+            self._ended.clear()
             await within(_DRAIN, self._ended)
         self._playback.stop()
         self._now(state)
@@ -368,6 +392,7 @@ class Device:
                 talking.cancel()
                 anew.cancel()
                 (error, _) = await asyncio.gather(talking, anew, return_exceptions=True)
+                self._over = 0
             if isinstance(error, Exception):
                 log.error("%s: the conversation failed", self.name, exc_info=error)
                 self.refuse("session", f"the conversation failed and begins anew: {error}")
@@ -391,7 +416,15 @@ class Device:
         while True:
             item = await self._requests.get()
             await self._talking.wait()
+            submit = self._agent.submit(item.text, say=isinstance(item, Say))
+            self._submitting = begun = asyncio.ensure_future(submit)
             try:
-                await self._agent.submit(item.text, say=isinstance(item, Say))
-            except UserError as error:
+                await asyncio.wait({begun})
+            finally:
+                begun.cancel()
+            if begun.cancelled():
+                self._give_back(item)
+            elif isinstance(error := begun.exception(), UserError):
                 self.refuse("text/in", str(error))
+            elif error is not None:
+                raise error

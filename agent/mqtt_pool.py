@@ -159,7 +159,8 @@ class Pool:
                 self._serving.take(device, name, payload)
             return
         if who is None and device not in self._claimed and self._serving.room() <= 0:
-            self._pass_on(device, name, payload)
+            if not self.pass_on(device, name, payload):
+                self._serving.busy(device)
             return
         self._hold(device, name, payload)
         if who is None:
@@ -279,13 +280,13 @@ class Pool:
     def _let_go(self, device: str) -> Iterator[tuple[str, bytes]]:
         yield from self._held.pop(device, ())
 
-    def _pass_on(self, device: str, name: str, payload: bytes) -> None:
-        """We have no room: perhaps another service has."""
+    def pass_on(self, device: str, name: str, payload: bytes) -> bool:
+        """Give a message to another service that has room; whether there is one."""
         other = max(self._alive, key=lambda agent: self._alive[agent], default=None)
         if other is None or self._alive[other] <= 0:
-            self._serving.busy(device)
-        else:
-            self._hand_over(other, device, name, payload)
+            return False
+        self._hand_over(other, device, name, payload)
+        return True
 
     def _hand_over(self, agent: str, device: str, name: str, payload: bytes) -> None:
         place = f"{self._config.base}/agents/{agent}/{device}/{name}"

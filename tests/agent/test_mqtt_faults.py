@@ -35,10 +35,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.broker, pytest.mark.timeout(300)]
 class World:
     """A broker, and a service that reaches it through a proxy."""
 
-    def __init__(self, broker: Mosquitto, trunk: Proxy) -> None:
+    def __init__(self, broker: Mosquitto, trunk: Proxy, sessions: int = 8) -> None:
         self.broker, self.trunk, self.port = broker, trunk, broker.port
         command = [sys.executable, "-m", "bench.played"]
-        command += ["--mqtt", f"mqtt://127.0.0.1:{trunk.port}", "--set", "mqtt.max_sessions=8"]
+        command += ["--mqtt", f"mqtt://127.0.0.1:{trunk.port}", "--set"]
+        command += [f"mqtt.max_sessions={sessions}"]
         self.service = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
         assert self.service.stdout is not None
         assert self.service.stdout.readline() == "serving\n"
@@ -52,7 +53,7 @@ class World:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """The same for all tests here: the last one ends the service."""
+    """The same for nearly all tests here."""
     with (
         running(tmp_path_factory.mktemp("broker")) as broker,
         Proxy(broker.port) as trunk,
@@ -195,22 +196,52 @@ def test_two_hundred_at_once_are_served_or_told_that_all_are_busy(
     assert outcomes.count("served") + outcomes.count("busy") == 200
 
 
-def test_sigterm_during_a_reply_says_offline_and_ends(
-    world: World,
+def test_sigterm_while_twenty_devices_are_answered_says_offline_to_each_and_ends(
+    tmp_path: Path,
 ) -> None:
-    async def watch() -> None:
-        async with aiomqtt.Client("127.0.0.1", world.port) as client:
-            await client.subscribe("spirit/robot/+", 1)
-            await client.publish("spirit/robot/text/in", "hello", qos=1)
-            async for message in client.messages:
-                state = json.loads(message.payload).get("state")  # type: ignore[arg-type]
-                if state == "answering" and world.service.poll() is None:
-                    world.service.send_signal(signal.SIGTERM)
-                elif state == "offline":
-                    return
+    """What they have asked beyond that waits at the broker, for the next service."""
+    names = [f"robot-{n}" for n in range(20)]
 
-    asyncio.run(asyncio.wait_for(watch(), PATIENCE))
-    assert world.service.wait(PATIENCE) == 0
+    async def watch(world: World) -> dict[str, list[str]]:
+        said: dict[str, list[str]] = {name: [] for name in names}
+        async with aiomqtt.Client("127.0.0.1", world.port) as client:
+            await client.subscribe("spirit/+/state", 1)
+            await client.subscribe("spirit/+/event", 1)
+            for name in names * 4:  # one after the other, so that each is being answered all along
+                await client.publish(f"spirit/{name}/text/in", "hello", qos=1)
+            told = False
+            async for message in client.messages:
+                what = json.loads(message.payload)  # type: ignore[arg-type]
+                said[message.topic.value.split("/")[1]].append(what.get("state") or what["type"])
+                if not told and all("answering" in each for each in said.values()):
+                    world.service.send_signal(signal.SIGTERM)
+                    told = True
+                if all(each[-1:] == ["offline"] for each in said.values()):
+                    return said
+        return said
+
+    async def wait_for(requests: int, port: int) -> None:
+        """Be the next service."""
+        async with aiomqtt.Client(
+            "127.0.0.1", port, identifier="spirit-agent-spirit", clean_start=False,
+            protocol=aiomqtt.ProtocolVersion.V5,
+        ) as client:  # fmt: skip
+            for _ in range(requests):
+                message = await anext(client.messages)
+                assert message.topic.matches("spirit/+/text/in")
+
+    with running(tmp_path) as broker, Proxy(broker.port) as trunk:
+        world = World(broker, trunk, len(names))
+        try:
+            said = asyncio.run(asyncio.wait_for(watch(world), PATIENCE))
+            assert world.service.wait(PATIENCE) == 0
+        finally:
+            world.end()
+        left = 4 * len(names) - sum(each.count("turn-started") for each in said.values())
+        asyncio.run(asyncio.wait_for(wait_for(left, broker.port), PATIENCE))
+    for each in said.values():
+        assert each.count("turn-started") == each.count("turn-ended") >= 1
+        assert each.count("offline") == 1  # said, and no last will after it
 
 
 def test_a_full_disk_ends_the_recording_and_nothing_else(tmp_path: Path) -> None:

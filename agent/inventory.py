@@ -14,6 +14,7 @@ from agent.config import config_names, load_config
 from agent.errors import UserError
 from agent.graphs import cache_dir
 from stages.checkpoint import CheckpointError, Layout
+from stages.llama_adapter import find_base
 from stages.models import CHECKPOINTS_VARIABLE, find_model
 
 PACKAGES = {
@@ -119,8 +120,9 @@ def lacking(layout: Layout) -> list[Path]:
         layout.hubert,
         layout.quantizer,
         layout.lm / "config.json",
-        layout.lm / "tokenizer.model",
     ]
+    if not (layout.lm / "tokenizer.json").is_file():
+        files.append(layout.lm / "tokenizer.model")
     files += [layout.vocoder / "config.json", layout.vocoder / "generator.pt"]
     if layout.expressive:
         files += [layout.pitch / "config.yaml", layout.pitch / "model.pt"]
@@ -159,6 +161,7 @@ def _size(layout: Layout) -> int:
 def _configuration(name: str) -> str:
     try:
         layout = load_config(name).model.layout()
+        find_base(layout.lm)
     except (UserError, CheckpointError) as error:
         return f"not usable: {error}"
     missing = lacking(layout)

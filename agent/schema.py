@@ -33,7 +33,9 @@ class ModelConfig(Section):
         "this program when lm is null too",
     )
     lm: str | None = Field(
-        default=None, description="folder under spiritlm_model/; null when there is only one"
+        default=None,
+        description="folder under spiritlm_model/; null when there is only one. Without a root, "
+        "also smol, or the folder of a language model that speaks with nano's voice",
     )
     version: Literal["base", "expressive"] | None = Field(
         default=None,

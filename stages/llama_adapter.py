@@ -97,6 +97,16 @@ class Base:
             )
 
 
+def find_base(folder: Path) -> Path | None:
+    """The file that the model in ``folder`` takes its base from; None if it is whole.
+
+    Raises:
+        CheckpointError: it is not installed.
+    """
+    settings = folder / SETTINGS
+    return Base.read(settings).find() if settings.is_file() else None
+
+
 def adapted_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """Names and values, float32 rounded to float16, of the checkpoint that ``adapter.safetensors``
     and its base are together.

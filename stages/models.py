@@ -17,7 +17,8 @@ def find_model(name_or_path: str | Path = "nano", version: str | None = None) ->
     Args:
         name_or_path: "nano", the model that comes with this package; the name of a model under
             ``$SPIRITLM_CHECKPOINTS_DIR/spiritlm_model``, such as "spirit-lm-base-7b"; a root
-            directory in the official layout; or a model's own folder in one.
+            directory in the official layout; a model's own folder in one; or the folder of a
+            language model alone, such as "smol", which goes with nano's tokenizers and vocoder.
         version: "base" or "expressive", where a root holds both.
 
     Raises:
@@ -34,6 +35,15 @@ def find_model(name_or_path: str | Path = "nano", version: str | None = None) ->
         return find_layout(root, lm=name, version=version)
     if name == "nano":
         return find_layout(_shipped("nano"), version=version)
+    alone = _shipped("smol") if name == "smol" else path
+    if (alone / "config.json").is_file():
+        return Layout(_shipped("nano"), alone, "expressive")
+    if name == "smol":
+        raise CheckpointError(
+            f"{alone}: smol has not been trained here. `python -m recipes smol` does that after "
+            "nano's recipes, and wants a GPU (bench/GPU.md); or name the folder that it wrote in "
+            "model.lm"
+        )
     where = f"{CHECKPOINTS_VARIABLE} is {root}" if root else f"{CHECKPOINTS_VARIABLE} is not set"
     raise CheckpointError(
         f"model {name!r}: neither a directory in the official layout nor a name under "

@@ -1,1 +1,1 @@
-"""What is measured: ``python -m bench.turns``, ``bench.endpointing``, ``bench.echo``."""
+"""What is measured: ``python -m agent bench``, and one module for each further question."""

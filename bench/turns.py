@@ -29,10 +29,10 @@ from agent.models import Models
 from agent.playback import Clocked
 from agent.session import Session
 from agent.telemetry import TurnTrace
+from bench.conversation.sound import matched
+from bench.conversation.speaker import Speaker
 from bench.endpointing import SPEAKERS, Recording, sessions
 from bench.report import RESULTS, about, save
-from bench.sound import matched
-from bench.speaker import Speaker
 
 STEPS = {
     "end of speech to endpoint": ("end_of_speech", "endpoint"),

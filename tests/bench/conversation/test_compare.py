@@ -12,8 +12,17 @@ import typer
 from typer.testing import CliRunner
 
 from agent.errors import UserError
-from bench.compare import BETTER, SAME, WORSE, Difference, compare, compare_command, doubts, table
-from bench.document import FORMAT, VERSION, Document, Row
+from bench.conversation.compare import (
+    BETTER,
+    SAME,
+    WORSE,
+    Difference,
+    compare,
+    compare_command,
+    doubts,
+    table,
+)
+from bench.conversation.document import FORMAT, VERSION, Document, Row
 
 
 def row(turn: int, ms: float, **more: Any) -> Row:

@@ -18,9 +18,9 @@ import soxr
 from agent.devices import find_device
 from agent.ring import Ring, Samples
 from agent.streams import InputStream, OutputStream
-from bench.black_box import Row, measure
-from bench.recordings import Request
-from bench.sound import Listener, Pace
+from bench.conversation.black_box import Row, measure
+from bench.conversation.recordings import Request
+from bench.conversation.sound import Listener, Pace
 from stages import SAMPLE_RATE
 
 _BLOCK_MS = 10
@@ -65,7 +65,7 @@ class _Feed:
 
 
 class Devices:
-    """A pair of sound devices as a :class:`bench.black_box.Line`: an async context manager.
+    """A pair of sound devices as a :class:`bench.conversation.black_box.Line`: an async context manager.
 
     Args:
         output, input: number or part of the name of the loudspeaker and the microphone.
@@ -156,7 +156,7 @@ async def measure_devices(
     patience: float = 15.0,
     seed: int = 0,
 ) -> list[Row]:
-    """:func:`bench.black_box.measure` of whoever is at the other end of two devices.
+    """:func:`bench.conversation.black_box.measure` of whoever is at the other end of two devices.
 
     Raises:
         UserError: see :class:`Devices`.

@@ -11,7 +11,7 @@ import numpy as np
 
 from agent.playback import Playback
 from agent.session import Session
-from bench.sound import CHUNK, NOISE, Pace
+from bench.conversation.sound import CHUNK, NOISE, Pace
 from stages import SAMPLE_RATE
 
 _AFTER = 5 * SAMPLE_RATE // 2  # samples in which a request that was noticed has become a turn

@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 from typing import Any
 from xml.etree import ElementTree
 
-from bench.document import build
-from bench.page import page
+from bench.conversation.document import build
+from bench.conversation.page import page
 
 MARKS = {
     "end_of_speech": 10.0, "endpoint": 610.0, "encoder_done": 250.0, "prefill_done": 270.0,

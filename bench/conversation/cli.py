@@ -20,12 +20,12 @@ from agent.commands import ConfigName, Debug, Overrides, Plain, mendable, stderr
 from agent.config import Config, load_config
 from agent.errors import UserError
 from agent.show import loading
-from bench import document
-from bench.compare import compare_command
-from bench.document import Row
-from bench.recordings import Request, load
+from bench.conversation import document
+from bench.conversation.compare import compare_command
+from bench.conversation.document import Row
+from bench.conversation.recordings import Request, load
+from bench.conversation.show import show
 from bench.report import load_average
-from bench.show import show
 
 app = typer.Typer(
     add_completion=False,
@@ -135,7 +135,7 @@ def _finish(found: document.Document, path: Path, plain: bool) -> None:
 
 
 def _report(found: document.Document, path: Path) -> Path:
-    from bench.page import page
+    from bench.conversation.page import page
 
     html = path.with_suffix(".html")
     document.save(html, page(found))
@@ -158,7 +158,7 @@ def _measure(
     settings: Config, config: str, recordings: list[Request], plan: dict[str, Any], plain: bool
 ) -> dict[str, list[Row]]:
     from agent.models import Models
-    from bench.inside import converse
+    from bench.conversation.inside import converse
 
     with loading(stderr(), f"loading {config}", plain) as exporting:
         models = Models.load(settings, exporting)
@@ -188,8 +188,8 @@ def _measure(
 
 def _outside(recordings: list[Request], plan: dict[str, Any], plain: bool) -> list[Row]:
     """Another agent, or one's own from outside."""
-    from bench.black_box import measure_process
-    from bench.devices import measure_devices
+    from bench.conversation.black_box import measure_process
+    from bench.conversation.devices import measure_devices
 
     said = [request for request, _ in requests_of({**plan, "barge_in_every": 0}, recordings)]
     patience, seed = plan["patience"], plan["seed"]
@@ -205,7 +205,7 @@ def _outside(recordings: list[Request], plan: dict[str, Any], plain: bool) -> li
 
 
 def _flow(settings: Config) -> Any:
-    from bench.reference_flow import ReferenceFlow
+    from bench.conversation.reference_flow import ReferenceFlow
 
     return ReferenceFlow(settings)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from agent.errors import UserError
-from bench.document import (
+from bench.conversation.document import (
     VERSION,
     build,
     cost_trend,

@@ -22,8 +22,8 @@ from agent.config import Config
 from agent.errors import UserError
 from agent.models import torch_device
 from agent.schema import SamplingConfig
-from bench.recordings import Request
-from bench.sound import NOISE
+from bench.conversation.recordings import Request
+from bench.conversation.sound import NOISE
 from stages import SAMPLE_RATE
 from stages.parts import Speech
 from stages.prompt import Modality

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from bench.cli import app
-from bench.document import FORMAT, read
+from bench.conversation.cli import app
+from bench.conversation.document import FORMAT, read
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 AGENT = Path(__file__).with_name("scripted_agent.py")
 
 

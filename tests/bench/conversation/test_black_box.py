@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from agent.errors import UserError
-from bench.black_box import Row, measure_process
-from bench.recordings import Request
-from bench.sound import Listener
+from bench.conversation.black_box import Row, measure_process
+from bench.conversation.recordings import Request
+from bench.conversation.sound import Listener
 from stages import SAMPLE_RATE
 
 pytestmark = pytest.mark.realtime

@@ -23,10 +23,10 @@ from agent.ring import JitterTarget
 from agent.session import Session
 from agent.telemetry import TurnTrace
 from agent.workers import Worker
+from bench.conversation.recordings import Request
+from bench.conversation.sound import Listener, matched
+from bench.conversation.speaker import Said, Speaker
 from bench.memory import resident_mb
-from bench.recordings import Request
-from bench.sound import Listener, matched
-from bench.speaker import Said, Speaker
 from stages import SAMPLE_RATE
 
 P = ParamSpec("P")
@@ -192,7 +192,7 @@ async def converse(
     Args:
         requests: each with whether it is to interrupt the reply before it.
         progress: called with the number of requests said, after each turn.
-        between: see :class:`bench.speaker.Speaker`.
+        between: see :class:`bench.conversation.speaker.Speaker`.
         listen: seconds of each reply that are listened to.
     """
     held, steps = Conversation(began=time.perf_counter()), list[float]()

@@ -8,7 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from bench.document import COUNTERS, FIGURES, Document
+from bench.conversation.document import COUNTERS, FIGURES, Document
 
 _HEADS = ("p50", "p95", "p99", "n")
 

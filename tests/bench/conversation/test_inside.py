@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from agent.telemetry import TurnTrace
-from bench.cli import requests_of
-from bench.inside import Conversation, _Turn
-from bench.recordings import Request
-from bench.sound import Listener, matched
-from bench.speaker import Said
+from bench.conversation.cli import requests_of
+from bench.conversation.inside import Conversation, _Turn
+from bench.conversation.recordings import Request
+from bench.conversation.sound import Listener, matched
+from bench.conversation.speaker import Said
 from stages import SAMPLE_RATE
 
 S = SAMPLE_RATE

@@ -2,7 +2,7 @@
 
 They lie in ``examples/requests/``: FLAC files at 16 kHz and ``requests.json``, which says of each
 who speaks, which words, and at which samples the speech begins and ends. So a benchmark needs no
-synthesiser. ``python -m bench.recordings`` makes them anew (the extra [train]).
+synthesiser. ``python -m bench.conversation.recordings`` makes them anew (the extra [train]).
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class Request:
 
 def folder() -> Path:
     """Where the recordings that come with the program are."""
-    here = Path(__file__).parent
-    places = (here.parent / "examples" / "requests", here / "_data" / "requests")
+    bench = Path(__file__).parents[1]
+    places = (bench.parent / "examples" / "requests", bench / "_data" / "requests")
     return next((place for place in places if (place / INDEX).is_file()), places[0])
 
 

@@ -21,8 +21,8 @@ from rich.table import Table
 
 from agent.commands import Debug, Plain, mendable
 from agent.errors import UserError
-from bench.document import COUNTERS, FIGURES, Document, Row, read
-from bench.document import values as values_of
+from bench.conversation.document import COUNTERS, FIGURES, Document, Row, read
+from bench.conversation.document import values as values_of
 
 WORSE, BETTER, SAME = "worse", "better", ""
 QUANTILES = {"p50": 50, "p95": 95}

@@ -188,7 +188,7 @@ def commit() -> str | None:
 
     Looked up once: call it before a run, in which the source may be changed.
     """
-    folder = Path(__file__).parent
+    folder = Path(__file__).parents[2]
 
     def git(*arguments: str) -> str:
         done = subprocess.run(
@@ -197,9 +197,8 @@ def commit() -> str | None:
         return done.stdout.strip()
 
     try:
-        changed = git(
-            "status", "--porcelain", "--untracked-files=no", "--", "../agent", "../stages", "."
-        )
+        ours = ("agent", "stages", "bench")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", *ours)
         return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.document import FIGURES, Document, Row, cost, values
-from bench.show import counters, number
+from bench.conversation.document import FIGURES, Document, Row, cost, values
+from bench.conversation.show import counters, number
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 720, 240, 70, 42
 _COLOURS = ("#2563a8", "#c2571a", "#4a8f3c", "#7d4fa0", "#a8922a", "#3f8f8c")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from agent.errors import UserError
-from bench.recordings import INDEX, LEVEL, folder, load, speech_bounds
+from bench.conversation.recordings import INDEX, LEVEL, folder, load, speech_bounds
 from stages import SAMPLE_RATE
 
 

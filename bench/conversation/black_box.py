@@ -2,7 +2,7 @@
 
 An agent is reached over a line: a program that takes and gives raw sound through pipes
 (:class:`Process`), or whatever is at the other end of a loudspeaker and a microphone
-(:mod:`bench.devices`). Recorded requests are spoken at the pace of the clock. An answer is
+(:mod:`bench.conversation.devices`). Recorded requests are spoken at the pace of the clock. An answer is
 the first sound that begins after the true end of the speech in the recording, wherever it comes
 from; so systems can be compared that have nothing else in common.
 """
@@ -19,8 +19,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from agent.errors import UserError
-from bench.recordings import Request
-from bench.sound import CHUNK, NOISE, Listener, Pace
+from bench.conversation.recordings import Request
+from bench.conversation.sound import CHUNK, NOISE, Listener, Pace
 from stages import SAMPLE_RATE
 
 Row = dict[str, Any]

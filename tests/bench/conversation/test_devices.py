@@ -10,9 +10,9 @@ import pytest
 from pulse import VirtualCard
 
 from agent.errors import UserError
-from bench.black_box import Row
-from bench.devices import measure_devices
-from bench.recordings import Request
+from bench.conversation.black_box import Row
+from bench.conversation.devices import measure_devices
+from bench.conversation.recordings import Request
 from stages import SAMPLE_RATE
 
 pytestmark = pytest.mark.realtime

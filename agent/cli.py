@@ -232,9 +232,8 @@ def info(
 def bench(context: typer.Context) -> None:
     """Measure how soon it answers, or another agent, or compare two results (bench --help)."""
     # By name: nothing here depends on the benchmarks, and only who wants them loads them.
-    importlib.import_module("bench.conversation.cli").app(
-        context.args, prog_name="python -m agent bench"
-    )
+    bench = importlib.import_module("bench.conversation.cli")
+    bench.app(context.args, prog_name="python -m agent bench")
 
 
 def _print_keys(settings: Config, name: str, as_json: bool) -> None:

@@ -1,1 +1,1 @@
-"""Conversations at the pace of the clock, with this or any other agent: ``python -m agent bench``."""
+"""Conversations at the pace of the clock, with any agent: ``python -m agent bench``."""

@@ -2,9 +2,9 @@
 
 An agent is reached over a line: a program that takes and gives raw sound through pipes
 (:class:`Process`), or whatever is at the other end of a loudspeaker and a microphone
-(:mod:`bench.conversation.devices`). Recorded requests are spoken at the pace of the clock. An answer is
-the first sound that begins after the true end of the speech in the recording, wherever it comes
-from; so systems can be compared that have nothing else in common.
+(:mod:`bench.conversation.devices`). Recorded requests are spoken at the pace of the clock. An
+answer is the first sound that begins after the true end of the speech in the recording, wherever it
+comes from; so systems can be compared that have nothing else in common.
 """
 
 from __future__ import annotations

@@ -65,7 +65,8 @@ class _Feed:
 
 
 class Devices:
-    """A pair of sound devices as a :class:`bench.conversation.black_box.Line`: an async context manager.
+    """A pair of sound devices as a ``Line`` of :mod:`bench.conversation.black_box`: an async context
+    manager.
 
     Args:
         output, input: number or part of the name of the loudspeaker and the microphone.

@@ -6,15 +6,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from recipes import together
+
 
 class Board:
-    """Writes to ``folder``; does nothing without the package (extra ``[train]``).
+    """Writes to ``folder``; does nothing without the package (extra ``[train]``), nor in any but
+    the first of several processes.
 
     The log in JSON lines that every training keeps has the same figures.
     """
 
     def __init__(self, folder: Path) -> None:
         self._writer: Any = None
+        if not together.first():
+            return
         try:
             from tensorboardX import SummaryWriter
         except ModuleNotFoundError:

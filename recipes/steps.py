@@ -31,9 +31,9 @@ class Step:
     Attributes:
         places: options that say where to read and write.
         reads, writes: by the name under which a change is told.
-        state: what a run goes on from, removed when it has to begin anew.
-        caches: of single recordings; they hold for another corpus that has the same recordings, and
-            are removed only when the step's own settings or code changed.
+        state: what a run goes on from, out of the way when it has to begin anew.
+        caches: of single recordings; they hold for a corpus that has grown, and are out of the way
+            only when the step's own settings or code changed.
         goes_on: what may change without beginning anew: settings or inputs.
         timed: its options in minutes, which a budget sets.
     """
@@ -226,7 +226,10 @@ def why(step: str, before: Entry | None, now: Entry, folders: Folders) -> str:
 
 
 def clear(step: str, changes: Mapping[str, str], folders: Folders) -> bool:
-    """Remove what the step must not go on from after ``changes``; whether it begins anew."""
+    """Whether the step begins anew after ``changes``; what it must not go on from is moved away.
+
+    It lies in {work}/before/STEP until the next time: an edit should cost nobody a training.
+    """
     own = STEPS[step]
     anew = set(changes) - own.goes_on
     if not anew:
@@ -234,9 +237,9 @@ def clear(step: str, changes: Mapping[str, str], folders: Folders) -> bool:
     paths = [folders.path(place) for place in own.state]
     if anew - set(own.reads):
         paths += [folders.work / cache for cache in own.caches]
-    for path in paths:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    aside = folders.work / "before" / step
+    shutil.rmtree(aside, ignore_errors=True)
+    for path in filter(Path.exists, paths):
+        aside.mkdir(parents=True, exist_ok=True)
+        shutil.move(path, aside / path.name)
     return True

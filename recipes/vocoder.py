@@ -399,7 +399,8 @@ def main(
         budget, parse_kernels(kernels), batch, seed=seed, duration_steps=duration_steps
     )
     trainer = Trainer(work, settings, voice, ship, together.join(device))
-    _log_to(trainer.folder / "train.log")
+    if together.first():
+        _log_to(trainer.folder / "train.log")
     with _as_a_training(trainer, threads):
         _train(trainer, phase)
         if trainer.stopped:

@@ -134,6 +134,7 @@ def test_more_minutes_go_on_and_another_seed_begins_anew(works: Works) -> None:
     assert works.called == ["hearing"] and works.state("hearing") == "xx"
     told = works("--set", "hearing.minutes=2", "--set", "hearing.seed=1")
     assert "seed 0 → 1" in told.output and works.state("hearing") == "x"
+    assert works.state("before/hearing/hearing") == "xx", "no training is lost by an edit"
 
 
 def test_what_cores_there_are_changes_nothing(works: Works) -> None:

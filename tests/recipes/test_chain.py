@@ -87,9 +87,10 @@ class Works:
 @pytest.fixture
 def works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Works:
     made = Works(tmp_path)
+    tiny = {}
     for number, name in enumerate(FIRST):
         before = {"read": "{work}/" + f"{FIRST[number - 1]}.txt"}
-        step = steps.Step(
+        tiny[name] = steps.Step(
             name,
             reads=before if number else {"texts": str(made.text)},
             writes={name: "{work}/" + f"{name}.txt"},
@@ -97,10 +98,9 @@ def works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Works:
             goes_on=frozenset({"minutes"}),
             timed=("minutes",),
         )
-        monkeypatch.setitem(STEPS, name, step)
-    for name in [name for name in STEPS if name not in FIRST]:
-        monkeypatch.delitem(STEPS, name)
     modules = {name: made.module(name) for name in FIRST}
+    for where in (steps, recipe, chain):
+        monkeypatch.setattr(where, "STEPS", tiny)
     for where in (steps, recipe):
         monkeypatch.setattr(where, "module", modules.__getitem__)
     return made

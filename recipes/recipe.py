@@ -59,8 +59,9 @@ class Recipe(Section):
         later = self.steps[self.steps.index(step) :]
         left = self.budget - sum(spent.get(s, 0.0) for s in self.steps if s not in later)
         share = self.shares.get(step, 0.0) / sum(self.shares.get(s, 0.0) for s in later)
-        parts = {name: self.settings(step)[name] or 1.0 for name in timed}
-        scale = max(0.0, left) * share / sum(parts.values())
+        planned = self.settings(step)
+        parts = {name: 1.0 if planned[name] is None else planned[name] for name in timed}
+        scale = max(0.0, left) * share / (sum(parts.values()) or 1.0)
         return {name: round(part * scale, 2) for name, part in parts.items()}
 
 

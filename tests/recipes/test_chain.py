@@ -204,6 +204,8 @@ def test_a_budget_keeps_the_proportions_of_phases() -> None:
     nano = recipe.load("nano", ["budget=100", "vocoder.mel_minutes=30", "vocoder.minutes=60"])
     given = nano.minutes("vocoder", {})
     assert given["minutes"] == pytest.approx(2 * given["mel_minutes"], abs=0.02)
+    left_out = recipe.load("nano", ["budget=100", "vocoder.sharpen_minutes=0"])
+    assert left_out.minutes("vocoder", {})["sharpen_minutes"] == 0
 
 
 @pytest.mark.parametrize(

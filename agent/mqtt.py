@@ -122,6 +122,7 @@ class Service:
     def __init__(self, broker: Broker, models: Models, config: Config) -> None:
         self._broker, self._models, self._config = broker, models, config
         self._devices: dict[str, Device] = {}
+        self._most = config.mqtt.max_sessions
         self._ending = False
         self._pool: Pool | None = None
         self._link = self._pooled() if config.mqtt.shared else self._alone()
@@ -237,6 +238,7 @@ class Service:
     def _welcome(self, name: str) -> Device | None:
         """A place for a device, if there is one."""
         from agent.mqtt_device import Device
+        from stages.lm_batch import StreamsTakenError
 
         if self.room() <= 0:
             self.busy(name)
@@ -246,7 +248,12 @@ class Service:
         if pool is not None:
             bound = (self._given, pool.settle, pool.pass_on)
             ours = tuple(functools.partial(each, name) for each in bound)
-        device = Device(name, self._broker, self._models, self._config, *ours)
+        try:
+            device = Device(name, self._broker, self._models, self._config, *ours)
+        except StreamsTakenError:  # the model was loaded for fewer conversations
+            self._most = len(self._devices)
+            self.busy(name)
+            return None
         self._devices[name] = device
         if pool is not None:
             pool.room_changed()
@@ -258,7 +265,7 @@ class Service:
 
     def room(self) -> int:
         """For how many devices more."""
-        return 0 if self._ending else self._config.mqtt.max_sessions - len(self._devices)
+        return 0 if self._ending else self._most - len(self._devices)
 
     def start(self, device: str) -> None:
         """Serve a device of the pool."""
@@ -278,8 +285,8 @@ class Service:
 
     def busy(self, device: str) -> None:
         """Tell a device that there is no room for it."""
-        most = self._config.mqtt.max_sessions
-        self._tell(device, {"type": "busy", "message": f"{most} devices are being served"})
+        message = f"{self._most} devices are being served: try again later"
+        self._tell(device, {"type": "busy", "message": message})
 
     def _gone(self, name: str, task: asyncio.Task[None]) -> None:
         del self._devices[name], self._tasks[name]

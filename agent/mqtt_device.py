@@ -356,6 +356,7 @@ class Device:
                 task.cancel()
             await asyncio.gather(stop(tasks[0]), *others, return_exceptions=True)
             await self._agent.__aexit__()
+            self._agent.models.lm.close()  # its place among the model's streams
 
     async def leave(self, state: str, seconds: float = 0.6) -> None:
         """End the turn in progress, say that nobody is here any more, and wait until all of it has

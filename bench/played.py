@@ -80,6 +80,9 @@ class PlayedModel:
     def reset(self) -> None:
         self.rewind(0)
 
+    def close(self) -> None:
+        """Nothing to give back."""
+
     def append(self, ids: Sequence[int]) -> None:
         self.ids += ids
         self._at = 0

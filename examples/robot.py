@@ -1,8 +1,4 @@
-"""A robot in forty lines: asks a recorded question over MQTT, plays the reply into a WAV file.
-
-pip install aiomqtt
-python examples/robot.py localhost examples/question.wav reply.wav
-"""
+"""A robot in 40 lines: asks a recorded question over MQTT, plays the reply into a WAV file."""
 
 import asyncio
 import json
@@ -17,19 +13,16 @@ ME = "spirit/robot"
 
 
 async def speak(client: aiomqtt.Client, path: str) -> None:
-    """Publish a 16 kHz mono WAV file as a microphone would: 20 ms at a time."""
-    with wave.open(path) as recording:
+    with wave.open(path) as recording:  # 16 kHz mono; as a microphone would, 20 ms at a time
         for n in range(recording.getnframes() // 320 + 1):
             head = HEADER.pack(1, n == 0, 16_000, n, n * 320, 0)
             await client.publish(f"{ME}/audio/in", head + recording.readframes(320))
             await asyncio.sleep(0.02)
 
 
-async def main(host: str, question: str, reply: str) -> None:
-    port = int(host.partition(":")[2] or 1883)
-    async with aiomqtt.Client(host.partition(":")[0], port) as client:
-        for topic in ("audio/out", "text/out", "event"):
-            await client.subscribe(f"{ME}/{topic}", qos=1)
+async def main(host: str, port: str, question: str, reply: str) -> None:
+    async with aiomqtt.Client(host, int(port)) as client:
+        await client.subscribe([(f"{ME}/{t}", 1) for t in ("audio/out", "text/out", "event")])
         speaking = asyncio.create_task(speak(client, question))
         with wave.open(reply, "wb") as out:
             out.setparams((1, 2, 16_000, 0, "NONE", ""))
@@ -38,10 +31,10 @@ async def main(host: str, question: str, reply: str) -> None:
                     out.writeframes(message.payload[HEADER.size :])
                     continue
                 said = json.loads(message.payload)
-                print(said.get("text") or said.get("type"), flush=True)
+                print(said.get("text") or said["type"])
                 if said.get("type") in ("turn-ended", "busy"):
                     break
         await speaking
 
 
-asyncio.run(main(*sys.argv[1:]))
+asyncio.run(main(*sys.argv[1:]))  # localhost 1883 examples/question.wav reply.wav

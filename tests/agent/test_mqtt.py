@@ -411,7 +411,8 @@ def test_the_robot_of_the_examples_gets_its_reply(
     broker: Mosquitto, service: Service, tmp_path: Path
 ) -> None:
     out = tmp_path / "reply.wav"
-    robot = [sys.executable, "examples/robot.py", f"localhost:{broker.port}"]
+    robot = [sys.executable, "examples/robot.py", "localhost", str(broker.port)]
+    assert len((REPOSITORY / robot[1]).read_text(encoding="utf-8").splitlines()) <= 40
     done = subprocess.run(
         [*robot, "examples/question.wav", str(out)],
         cwd=REPOSITORY, capture_output=True, text=True, timeout=PATIENCE, check=False,

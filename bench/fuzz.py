@@ -1,4 +1,4 @@
-"""What makes no sense, by the million, to the real service: ``python -m bench.fuzz``.
+"""What makes no sense, a million on each topic, to the real service: ``python -m bench.fuzz``.
 
 The payloads go where those from the broker arrive, on every topic of several devices, faster than
 any network would bring them. Meanwhile one device converses, through a real broker, and is to
@@ -14,6 +14,7 @@ import random
 import struct
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ import typer
 from agent.config import load_config
 from agent.mqtt import Service
 from agent.mqtt_link import Broker
-from agent.mqtt_wire import FROM_DEVICE
+from agent.mqtt_wire import FROM_DEVICE, split
 from bench.memory import resident_mb
 from bench.played import played
 from bench.report import RESULTS, about, save
@@ -114,11 +115,12 @@ class Outcome:
     """What came of it.
 
     Attributes:
+        topics: payloads on each topic of a device; and on ``others``, which are none.
         turns: that the device which behaves had meanwhile.
         memory: MB, after the first tenth and then on.
     """
 
-    payloads: int
+    topics: dict[str, int]
     refused: int
     unknown: int
     turns: int
@@ -132,6 +134,10 @@ async def fuzz(
     port: int, payloads: int, seed: int = 0, progress: Callable[[int], None] = lambda done: None
 ) -> Outcome:
     """Feed a service with nonsense.
+
+    Args:
+        payloads: on each topic that devices publish to; more come on topics that are none.
+        progress: told how many there have been.
 
     Raises:
         whatever the service does not stand.
@@ -150,18 +156,22 @@ async def fuzz(
         if running.done():
             running.result()
     chance, began, first = random.Random(seed), time.monotonic(), 0.0
+    topics = Counter(dict.fromkeys(FROM_DEVICE, 0))
     try:
-        for done in range(0, payloads, BATCH):
-            for _ in range(min(BATCH, payloads - done)):
+        while (done := min(topics[name] for name in FROM_DEVICE)) < payloads:
+            for _ in range(BATCH):
                 topic, payload = nonsense(chance)
-                service._arrived(f"{config.mqtt.base}/{topic}", payload)
+                full = f"{config.mqtt.base}/{topic}"
+                place = split(config.mqtt, full)
+                topics["others" if place is None else place[1]] += 1
+                service._arrived(full, payload)
             await asyncio.sleep(0.001)  # what it did to others is to come to light
             if running.done():
                 running.result()
             if done >= payloads // 10 and not first:
                 gc.collect()
                 first = resident_mb()
-            progress(done)
+            progress(topics.total())
         turns = good.tally.counts["turns"]
         while good.tally.counts["turns"] == turns:
             await asyncio.sleep(0.1)
@@ -170,13 +180,13 @@ async def fuzz(
         await stop(talking, running)
     counts = good.tally.counts
     return Outcome(
-        payloads, service.refused, service.unknown, counts["turns"], counts["error"],
+        dict(topics), service.refused, service.unknown, counts["turns"], counts["error"],
         (round(first, 1), round(resident_mb(), 1)), served, round(time.monotonic() - began, 1),
     )  # fmt: skip
 
 
 def main(
-    payloads: Annotated[int, typer.Option(help="How many.")] = 1_000_000,
+    payloads: Annotated[int, typer.Option(help="How many on each topic.")] = 1_000_000,
     seed: Annotated[int, typer.Option()] = 0,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the report goes.")] = RESULTS,
 ) -> None:

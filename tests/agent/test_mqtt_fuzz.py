@@ -96,7 +96,8 @@ def test_the_nonsense_reaches_every_topic_in_every_form() -> None:
 def test_twenty_thousand_senseless_payloads_disturb_nobody(tmp_path: Path) -> None:
     """Straight into the service, while another device converses through a real broker."""
     with running(tmp_path) as broker:
-        came = asyncio.run(fuzz(broker.port, 20_000))
+        came = asyncio.run(fuzz(broker.port, 3750))
+    assert all(came.topics[name] >= 3750 for name in FROM_DEVICE)
     assert came.refused > 5000
     assert came.turns > 1
     assert came.errors == 0
@@ -118,7 +119,7 @@ def test_a_thousand_of_them_through_a_broker_end_nothing(tmp_path: Path) -> None
                     await client.publish(f"{base}/{topic}", payload, qos=1)
 
     async def both(port: int) -> int:
-        fuzzing = asyncio.create_task(fuzz(port, 100))
+        fuzzing = asyncio.create_task(fuzz(port, 20))
         await publish(port)
         return (await fuzzing).turns
 

@@ -84,7 +84,7 @@ def test_commands_are_read() -> None:
         ("command", b"{", "EOF"),
         ("command", b'{"do":"explode"}', "do"),
         ("command", b'{"do":"mute","on":1}', "valid boolean"),
-        ("command", b"[" * 16_000, ""),
+        ("command", b"[" * 16_000, "recursion limit exceeded"),
         ("command", b'{"do":"set","settings":{}}', "settings"),
         ("command", b'{"do":"set","settings":{"a":[1]}}', "settings"),
         ("played", b'{"turn":1,"samples":-5}', "samples"),

@@ -270,9 +270,10 @@ class Until:
 
     def share(self, trainer: Trainer) -> float:
         """How much of it is over, 0 to 1."""
-        if self.steps is None:
-            return trainer.seconds / max(60 * self.minutes, 1e-9)
-        return trainer.step / max(self.steps, 1)
+        done, all_ = trainer.seconds / 60, self.minutes
+        if self.steps is not None:
+            done, all_ = trainer.step, self.steps
+        return done / all_ if all_ > 0 else 1.0
 
 
 class Log:

@@ -186,7 +186,10 @@ class Device:
         found = Snapshot(
             model=self._model, turn=memory.turn, turns=turns, off=off, settings=self._settings
         )
-        self._publish("snapshot", found.encode(self._config.mqtt.snapshot_bytes), 1, True)
+        limits = self._config.mqtt
+        payload = found.encode(limits.snapshot_bytes)
+        topic = self._topic("snapshot")
+        self.link.send(Outgoing(topic, payload, 1, True, limits.snapshot_seconds))
 
     # What the device says.
 

@@ -140,12 +140,13 @@ class Subscription:
 
 @dataclass(frozen=True)
 class Outgoing:
-    """A message to be published."""
+    """A message to be published; the broker throws it away after ``expiry`` seconds, if not 0."""
 
     topic: str
     payload: bytes
     qos: int = 0
     retain: bool = False
+    expiry: int = 0
 
 
 class Link:
@@ -248,7 +249,10 @@ class Link:
             ) from None
 
     async def _connection(self) -> None:
-        broker, will = self._broker, self._will
+        broker, last = self._broker, self._will
+        will = None
+        if last is not None:
+            will = aiomqtt.Will(last.topic, last.payload, last.qos, last.retain)
         async with aiomqtt.Client(
             broker.host,
             broker.port,
@@ -256,7 +260,7 @@ class Link:
             password=broker.password,
             identifier=self._name,
             protocol=aiomqtt.ProtocolVersion.V5,
-            will=None if will is None else aiomqtt.Will(**vars(will)),
+            will=will,
             timeout=_TIMEOUT,
             keepalive=_KEEPALIVE,
             clean_start=not self._away,
@@ -340,7 +344,11 @@ def _code(error: BaseException | None) -> int | None:
 
 
 async def _publish(client: aiomqtt.Client, message: Outgoing) -> None:
-    await client.publish(message.topic, message.payload, message.qos, message.retain)
+    properties = None
+    if message.expiry:
+        properties = Properties(PacketTypes.PUBLISH)
+        properties.MessageExpiryInterval = message.expiry
+    await client.publish(message.topic, message.payload, message.qos, message.retain, properties)
 
 
 def _raise_if_cancelled() -> None:

@@ -379,6 +379,12 @@ class MqttConfig(Section):
         description="of a conversation kept by the broker, so that another service or a later one "
         "can go on with it, bytes; the oldest turns are left out",
     )
+    snapshot_seconds: int = Field(
+        default=86_400,
+        ge=0,
+        le=31_536_000,
+        description="a conversation is kept for so long after its last turn, s; 0 for ever",
+    )
     max_sessions: int = Field(
         default=4, ge=1, le=1000, description="devices served at once; others are told busy"
     )

@@ -116,3 +116,34 @@ def test_a_device_for_which_the_model_has_no_stream_is_told_busy_until_there_is_
             await two.until(type="turn-ended", how="complete")
 
     asyncio.run(converse())
+
+
+def test_a_conversation_that_nobody_goes_on_with_is_not_kept_for_ever(broker: Mosquitto) -> None:
+    async def kept() -> list[int]:
+        """The seconds that are left to what is retained, of the state and of the snapshot."""
+        left = []
+        async with aiomqtt.Client(
+            "127.0.0.1", broker.port, protocol=aiomqtt.ProtocolVersion.V5
+        ) as client:
+            for topic in ("snapshot", "state"):  # what is retained of the first comes first
+                await client.subscribe(f"kept/robot/{topic}", 1)
+            async for message in client.messages:
+                if message.topic.matches("+/+/state"):
+                    return left
+                left.append(message.properties.MessageExpiryInterval)  # type: ignore[union-attr]
+        return left
+
+    async def converse() -> None:
+        async with robot(broker, "robot", "kept") as one:
+            async with serving(broker, "mqtt.base=kept"):
+                await one.ask()
+                await one.until(type="turn-ended")
+                (left,) = await kept()
+                assert 0 < left <= 86_400
+            async with serving(broker, "mqtt.base=kept", "mqtt.snapshot_seconds=1"):
+                await one.ask()
+                await one.until(type="turn-ended", turn=2)
+        await asyncio.sleep(2.5)  # the broker counts whole seconds, and tells nobody when they pass
+        assert await kept() == []
+
+    asyncio.run(converse())

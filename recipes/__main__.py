@@ -125,7 +125,9 @@ class Chain:
         if self.recipe.gpus > 1 and "device" in options:
             start = ["torch.distributed.run", "--standalone", "--nproc-per-node"]
             command = [*start, str(self.recipe.gpus), "-m", "recipes", step, *arguments(options)]
-            subprocess.run([sys.executable, "-m", *command], check=True)
+            done = subprocess.run([sys.executable, "-m", *command], check=False)
+            if done.returncode:  # it has said why
+                raise typer.Exit(2)
             return
         try:
             steps.module(step).main(**options)

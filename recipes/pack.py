@@ -1,7 +1,8 @@
 """``python -m recipes pack``: a model in one archive, to be put where others get it from.
 
-The archive holds the checkpoint in the official layout, its card, the licence, and the SHA-256 of
-every file. The same files make the same archive, to the byte.
+The archive holds the checkpoint in the official layout, its card, the licence, a page to listen to
+where there is one, and the SHA-256 of every file. The same files make the same archive, byte for
+byte.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ from recipes.made import ROOT, UNFINISHED
 from stages.checkpoint import find_layout
 
 
-def members(checkpoint: Path) -> dict[str, bytes]:
+def members(checkpoint: Path, page: Path | None = None) -> dict[str, bytes]:
     """Every file of the archive by its name in it.
+
+    Args:
+        page: what `python -m recipes listen` has written.
 
     Raises:
         CheckpointError: the folder holds no model in the official layout.
@@ -36,6 +40,8 @@ def members(checkpoint: Path) -> dict[str, bytes]:
             found[path.relative_to(checkpoint).as_posix()] = path.read_bytes()
     if (ROOT / "LICENSE").is_file():
         found["LICENSE"] = (ROOT / "LICENSE").read_bytes()
+    if page is not None:
+        found["listen.html"] = page.read_bytes()
     sums = "".join(f"{hashlib.sha256(b).hexdigest()}  {name}\n" for name, b in found.items())
     return found | {"SHA256SUMS": sums.encode()}
 
@@ -56,9 +62,10 @@ def write(files: dict[str, bytes], folder: str, out: Path) -> None:
 
 def main(
     checkpoint: Annotated[Path, typer.Option(help="The model.")] = Path("checkpoints/nano"),
+    page: Annotated[Path | None, typer.Option(help="A page to listen to.")] = None,
     out: Annotated[Path, typer.Option(help="The archive to write.")] = Path("work/nano.tar.gz"),
 ) -> None:
     """Pack a model with its card and checksums into one archive."""
-    files = members(checkpoint)
+    files = members(checkpoint, page)
     write(files, checkpoint.resolve().name, out)
     typer.echo(f"{out}: {len(files)} files, {out.stat().st_size / 1e6:.1f} MB")

@@ -206,7 +206,10 @@ def _data(corpus: Row) -> Iterator[str]:
 
 def _examples(result: Row) -> Iterator[str]:
     yield "## Examples\n"
-    yield "The first of each group of the evaluation, right or wrong:\n"
+    yield (
+        "The first of each group of the evaluation, right or wrong; `python -m recipes listen` "
+        "makes a page with sound:\n"
+    )
     rows = [
         [_asked(row), row["heard"], _answered(row), row.get("reply_heard", "–")]
         for row in result["examples"]

@@ -148,10 +148,14 @@ STEPS: dict[str, Step] = {
         places={"checkpoint": "{out}", "out": "{work}/listen.html"},
     ),
     "pack": Step(
-        "Pack the model with its card and checksums into one archive.",
-        reads={**MODEL, "card": "{out}/README.md"},
+        "Pack the model with its card, the page and checksums into one archive.",
+        reads={**MODEL, "card": "{out}/README.md", "page": "{work}/listen.html"},
         writes={"archive": "{work}/{model}.tar.gz"},
-        places={"checkpoint": "{out}", "out": "{work}/{model}.tar.gz"},
+        places={
+            "checkpoint": "{out}",
+            "page": "{work}/listen.html",
+            "out": "{work}/{model}.tar.gz",
+        },
     ),
 }
 
@@ -181,7 +185,9 @@ class Folders:
     def places(self, step: str) -> dict[str, Path]:
         """The options of ``step`` that name files."""
         places = {option: self.path(place) for option, place in STEPS[step].places.items()}
-        return places if step == "pack" else {"work": self.work, **places}
+        return (
+            places if step == "pack" else {"work": self.work, **places}
+        )  # it needs the model only
 
     def contents(self, places: Mapping[str, Place]) -> dict[str, str]:
         """What is in each of ``places``, by name (see :func:`recipes.made.content`)."""

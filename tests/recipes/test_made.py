@@ -188,10 +188,11 @@ def test_the_same_model_makes_the_same_archive(tmp_path: Path) -> None:
         assert archive.getnames() == ["nano/README.md", "nano/config.json"]
 
 
-def test_every_file_of_the_shipped_model_is_packed_with_its_checksum() -> None:
-    files = pack.members(made.ROOT / "checkpoints" / "nano")
+def test_every_file_of_the_shipped_model_is_packed_with_its_checksum(tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text("listen")
+    files = pack.members(made.ROOT / "checkpoints" / "nano", tmp_path / "page.html")
     named = {line.split("  ")[1] for line in files["SHA256SUMS"].decode().splitlines()}
-    assert named == set(files) - {"SHA256SUMS"} and "LICENSE" in named
+    assert named == set(files) - {"SHA256SUMS"} and {"LICENSE", "listen.html"} <= named
 
 
 def test_a_model_without_a_card_is_not_packed(tmp_path: Path) -> None:

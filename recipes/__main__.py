@@ -112,7 +112,10 @@ class Chain:
 
     def touch(self, step: str, entry: Entry | None = None) -> None:
         """Note that what is there was made of what is there."""
-        entry = entry or steps.entry(step, self.settings(step), self.folders)
+        if entry is None:
+            before = self.made.get(step)
+            entry = steps.entry(step, self.settings(step), self.folders)
+            entry.seconds = before.seconds if before else 0.0
         entry.outputs = self.folders.contents(STEPS[step].writes)
         lost = [name for name, content in entry.outputs.items() if not content.strip("+")]
         if lost:
@@ -182,7 +185,6 @@ def every(
     work = work or Path("work") / chosen.model
     chain = Chain(chosen, Folders(work, out or work / chosen.model, chosen.model))
     names = _between(chosen.steps, since, until)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if dry_run:
         _tell(chain, names)
         return
@@ -246,4 +248,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was done is noted
     main()

@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    ValidationError,
+    create_model,
+)
 
 from agent.errors import UserError
 from recipes.steps import STEPS, Folders, module
@@ -34,7 +41,9 @@ class Recipe(Section):
     seed: int = Field(default=0, description="of every step that draws something")
     gpus: int = Field(default=1, ge=1, description="processes that train together, one for each")
     budget: float | None = Field(default=None, gt=0, description="minutes for all steps together")
-    shares: dict[str, float] = Field(default_factory=dict, description="of the budget, by step")
+    shares: dict[str, NonNegativeFloat] = Field(
+        default_factory=dict, description="of the budget, by step"
+    )
     steps: list[str] = Field(default_factory=lambda: list(STEPS), description="that are run")
 
     def settings(self, step: str) -> dict[str, Any]:

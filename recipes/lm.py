@@ -220,7 +220,7 @@ class Trainer:
 
     def begin_with(self, path: Path) -> None:
         """Take over what another run has learnt; not its optimiser nor its clock."""
-        state = torch.load(path, weights_only=True, map_location=self.device)
+        state = torch.load(path, weights_only=True, map_location="cpu")
         self.model.load_state_dict(state["model"])
         phones = state.get("heads", {}).get("phone.weight")
         if phones is not None and phones.shape == self.heads.phone.weight.shape:
@@ -228,7 +228,7 @@ class Trainer:
 
     def resume(self, path: Path) -> None:
         """Go on from a saved state."""
-        state = torch.load(path, weights_only=True, map_location=self.device)
+        state = torch.load(path, weights_only=True, map_location="cpu")
         self.model.load_state_dict(state["model"])
         self.heads.load_state_dict(state["heads"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):

@@ -173,7 +173,7 @@ class Trainer:
         adversary = Adversary().to(self.device)
         path = self.folder / "adversary.pt"
         if path.is_file():
-            state = torch.load(path, weights_only=True, map_location=self.device)
+            state = torch.load(path, weights_only=True, map_location="cpu")
             adversary.load_state_dict(state["judges"])
             adversary.optimizer.load_state_dict(state["optimizer"])
         exported = self.done.minutes["sharpen"]
@@ -344,11 +344,11 @@ class Trainer:
         path = self.folder / "state.pt"
         if not path.is_file():
             return
-        state = torch.load(path, weights_only=True, map_location=self.device)
+        state = torch.load(path, weights_only=True, map_location="cpu")
         if state["config"] != json.dumps(self.config):
             raise UserError(f"{path}: made with another configuration; move it away to start anew")
         self.model.load_state_dict(state["model"])
-        self.average = state["average"]
+        self.average = {k: v.to(self.device) for k, v in state["average"].items()}
         self.optimizer_phase, self.optimizer_state = state["phase"], state["optimizer"]
         self.done.minutes |= state["minutes"]
         self.done.steps |= state["steps"]

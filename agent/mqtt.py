@@ -156,8 +156,11 @@ class Service:
         def later(seconds: float, todo: Callable[[], None]) -> None:
             asyncio.get_running_loop().call_later(seconds, todo)
 
+        def away() -> bool:
+            return not self.is_connected
+
         me = uuid.uuid4().hex[:12]
-        self._pool = pool = Pool(self._config.mqtt, me, send, self, later)
+        self._pool = pool = Pool(self._config.mqtt, me, send, self, later, away)
         wanted = pool.subscriptions()
         return Link(self._broker, f"spirit-agent-{me}", pool.will, hello, wanted, self._arrived)
 
@@ -237,19 +240,22 @@ class Service:
 
     def _welcome(self, name: str) -> Device | None:
         """A place for a device, if there is one."""
-        from agent.mqtt_device import Device
+        from agent.mqtt_device import Device, Pooled
         from stages.lm_batch import StreamsTakenError
 
         if self.room() <= 0:
             self.busy(name)
             return None
-        pool = self._pool
-        ours: tuple[Any, ...] = ()
+        pool, pooled = self._pool, None
         if pool is not None:
-            bound = (self._given, pool.settle, pool.pass_on)
-            ours = tuple(functools.partial(each, name) for each in bound)
+            pooled = Pooled(
+                functools.partial(self._given, name),
+                functools.partial(pool.settle, name),
+                functools.partial(pool.confirm, name),
+                functools.partial(pool.pass_on, name),
+            )
         try:
-            device = Device(name, self._broker, self._models, self._config, *ours)
+            device = Device(name, self._broker, self._models, self._config, pooled)
         except StreamsTakenError:  # the model was loaded for fewer conversations
             self._most = len(self._devices)
             self.busy(name)

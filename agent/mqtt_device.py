@@ -7,6 +7,7 @@ import logging
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from agent.config import Config
@@ -45,9 +46,28 @@ _LOSSES = ("lost", "late", "dropped", "unsent")  # told of as they happen
 _DRAIN = 0.8  # s for the end of a reply that is broken off
 _RECALL = 3.0  # s for what the broker holds of the device
 _OVERLAP = 2.0  # s in which its messages may come twice after it was taken over
+_INSIST = 0.1  # s before the state is said again, over what another service said
 _AGAIN = 1.0  # s before a conversation that failed begins anew
 _BUSY = (State.HEARING.value, State.ANSWERING.value)
 _STATES = {State.MAYBE_FINISHED.value: State.HEARING.value}
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """What a device tells the pool of services that it belongs to.
+
+    Attributes:
+        given: what it publishes: name of the topic, payload.
+        ready: nothing more of it will be missed.
+        confirm: the owner of the device, as the broker holds it.
+        pass_on: gives a request that we will not answer any more to another service; whether there
+            is one.
+    """
+
+    given: Callable[[str, bytes], None]
+    ready: Callable[[], None]
+    confirm: Callable[[bytes], None]
+    pass_on: Callable[[str, bytes], bool]
 
 
 class Device:
@@ -59,20 +79,15 @@ class Device:
         broker: Broker,
         models: Models,
         config: Config,
-        given: Callable[[str, bytes], None] | None = None,
-        ready: Callable[[], None] = lambda: None,
-        pass_on: Callable[[str, bytes], bool] | None = None,
+        pooled: Pooled | None = None,
     ) -> None:
         """
         Args:
-            given: told what the device publishes, name of the topic and payload, by its own
-                connection; ``None`` if that comes otherwise.
-            ready: called when nothing more of it will be missed.
-            pass_on: gives a request that we will not answer any more to another service; whether
-                there is one. ``None`` leaves it with the broker for the next service.
+            pooled: where several services share devices; what the device publishes then comes by
+                its own connection.
         """
         self.name = name
-        self._config, self._given, self._ready, self._pass_on = config, given, ready, pass_on
+        self._config, self._pooled = config, pooled
         self._model = f"{models.layout.lm.name} {models.tokenizer.size}"
         self._copies: Copies | None = Copies()
         self._snapshot = b""
@@ -92,7 +107,7 @@ class Device:
         self._playback = RemotePlayback(self._send, self._duck, config.mqtt.lead_ms / 1000)
         self._requests: asyncio.Queue[Ask | Say] = asyncio.Queue(_WAITING)
         self._submitting: asyncio.Future[int] | None = None
-        self._leaving = self._left = False
+        self._leaving = self._left = self._insisting = False
         self._over = 0  # number of the latest turn that has ended
         self._off: dict[Literal["mute", "gate"], bool] = {"mute": False, "gate": False}
         self._agent = SpeechAgent(config, models)
@@ -112,12 +127,11 @@ class Device:
 
     def _subscriptions(self) -> list[Subscription]:
         """The state comes last: what we have just said ourselves tells that all else is here."""
-        own = [] if self._given is None else FROM_DEVICE
-        return [
-            *(Subscription(self._topic(name), int("audio" not in name)) for name in own),
-            Subscription(self._topic("snapshot"), retained=True),
-            Subscription(self._topic("state"), retained=True),
-        ]
+        wanted = [Subscription(self._topic(n), retained=True) for n in ("snapshot", "state")]
+        if self._pooled is not None:
+            own = [Subscription(self._topic(n), int("audio" not in n)) for n in FROM_DEVICE]
+            wanted = [Subscription(self._topic("owner"), retained=True), *own, *wanted]
+        return wanted
 
     def _arrived(self, full: str, payload: bytes) -> None:
         name = full.removeprefix(self._topic(""))
@@ -125,20 +139,31 @@ class Device:
             self._snapshot = payload
         elif name == "state":
             self._seen(payload)
-        elif self._given is not None and (
-            self._copies is None or self._copies.new(name, payload, direct=True)
-        ):
-            self._given(name, payload)
+        elif self._pooled is None:
+            return
+        elif name == "owner":
+            if not self.link.connected.is_set():  # later ones come by the pool's own connection
+                self._pooled.confirm(payload)
+        elif self._copies is None or self._copies.new(name, payload, direct=True):
+            self._pooled.given(name, payload)
 
     def _seen(self, state: bytes) -> None:
         """The state that everybody sees came back to us."""
         if not self._known.is_set():
             self._known.set()
-            self._ready()
+            if self._pooled is not None:
+                self._pooled.ready()
             loop = asyncio.get_running_loop()
             loop.call_later(_OVERLAP, setattr, self, "_copies", None)
-        elif b'"offline"' in state and not self._left:
-            # The last will of a service that served the device before us came late.
+        elif self._session_id.encode() not in state and not self._insisting:
+            # Of a service that had the device before us: its last will, or what it said before it
+            # learnt that it has lost the device.
+            self._insisting = True
+            asyncio.get_running_loop().call_later(_INSIST, self._insist)
+
+    def _insist(self) -> None:
+        self._insisting = False
+        if not self._left:
             self.link.send(self._state_message(self._state))
 
     def may(self, size: int) -> bool:
@@ -249,9 +274,9 @@ class Device:
         name, payload = "text/in", item.text.encode()
         if isinstance(item, Say):
             name, payload = "command", as_json(item.model_dump())
-        if self._pass_on is None:
+        if self._pooled is None:  # it waits for the next service
             self._publish(name, payload, 1)
-        elif not self._pass_on(name, payload):
+        elif not self._pooled.pass_on(name, payload):
             self.refuse(name, "the service ends before it could answer: ask again")
 
     def _reset(self) -> None:

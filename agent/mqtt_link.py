@@ -157,7 +157,8 @@ class Link:
     Args:
         name: client identifier.
         will: published by the broker if this connection is lost.
-        hello: what is published whenever a connection was made.
+        hello: asked, whenever a connection was made, for what is to be published once what the
+            broker holds of ``subscriptions`` has come.
         arrived: called with the topic and the payload of each message; must not raise or wait.
         away: seconds for which the broker keeps the subscriptions, and what comes with QoS 1, while
             we are away; ``name`` must then be the same again. With 0 a connection begins anew.
@@ -269,13 +270,14 @@ class Link:
             tls_context=broker.tls,
             socket_options=[(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],
         ) as client:
-            for message in self._hello():
-                await _publish(client, message)
+            hello = self._hello()
             for each in self._subscriptions:
                 # A command that was retained before we came is not meant for us: it is for now.
                 handling = 0 if each.retained else 2
                 options = SubscribeOptions(qos=each.qos, retainHandling=handling)
                 await client.subscribe(each.pattern, options=options)
+            for message in hello:
+                await _publish(client, message)
             _raise_if_cancelled()
             self.connections += 1
             self.connected.set()

@@ -81,6 +81,7 @@ class Pool:
     Args:
         me: twelve hexadecimal digits of our own.
         later: calls a function after so many seconds.
+        away: whether what arrives now is what the broker held for us while we were not there.
     """
 
     def __init__(
@@ -90,9 +91,10 @@ class Pool:
         send: Callable[[Outgoing], None],
         serving: Serving,
         later: Callable[[float, Callable[[], None]], object],
+        away: Callable[[], bool] = lambda: False,
     ) -> None:
         self._config, self.me = config, me
-        self._send, self._serving, self._later = send, serving, later
+        self._send, self._serving, self._later, self._away = send, serving, later, away
         self._alive: dict[str, int] = {}  # the others, and their room
         self._unconfirmed: set[str] = set()
         self._owners: OrderedDict[str, Owner] = OrderedDict()
@@ -145,7 +147,7 @@ class Pool:
                 self._handed(*place, payload)
             return
         if rest == "owner" and split(self._config, f"{base}{first}/command"):
-            self._owner(first, payload)
+            self._owner(first, payload, self._away())
             return
         place = split(self._config, full)
         if place is None:
@@ -185,7 +187,7 @@ class Pool:
         else:
             self._gone(agent)
 
-    def _owner(self, device: str, payload: bytes) -> None:
+    def _owner(self, device: str, payload: bytes, away: bool) -> None:
         if not payload:
             self._owners.pop(device, None)
             self._claimed.discard(device)
@@ -195,6 +197,9 @@ class Pool:
             self._claimed.discard(device)  # somebody was first; they will settle
             return
         mine_before = self._owners.get(device) == Owner(agent=self.me, settled=True)
+        if mine_before and not away and self._stays(device, told):
+            self.settle(device)
+            return
         started = self.owner(device) == self.me
         self._owners[device] = told
         self._owners.move_to_end(device)
@@ -213,6 +218,27 @@ class Pool:
         if told.settled:
             for name, held in self._let_go(device):
                 self._hand_over(told.agent, device, name, held)
+
+    def _stays(self, device: str, told: Owner) -> bool:
+        """Whether a device of ours stays with us though another service says that it has it.
+
+        It has, if we were away. If not, brokers that had been parted have found each other, and
+        both of us have it: as the other one is told the same of us, the order decides.
+        """
+        other = told.agent
+        if other == self.me or not told.settled:
+            return False
+        return hash_of(device, self.me) < hash_of(device, other)
+
+    def confirm(self, device: str, payload: bytes) -> None:
+        """The owner of a device as the broker held it when the device's connection was made: it is
+        read before anything of the device is taken or said."""
+        try:
+            told = _read(Owner, payload)
+        except BadMessage:  # or nobody
+            return
+        if told.settled and told.agent in self._alive:
+            self._owner(device, payload, away=True)
 
     def _gone(self, agent: str) -> None:
         """A service is no more: its devices go to those who are left, in an order of their own for

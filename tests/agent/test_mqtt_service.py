@@ -10,8 +10,10 @@ from typing import Any
 
 import aiomqtt
 import pytest
+from faults import Proxy
 from mosquitto import Mosquitto, running
 
+import agent.mqtt_link
 from agent.config import load_config
 from agent.models import Models
 from agent.mqtt import Service
@@ -33,7 +35,7 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mosquitto]:
 
 @asynccontextmanager
 async def serving(
-    broker: Mosquitto, *settings: str, models: Models | None = None
+    broker: Mosquitto | Proxy, *settings: str, models: Models | None = None
 ) -> AsyncIterator[Service]:
     config = load_config("nano", settings)
     service = Service(Broker("127.0.0.1", broker.port), models or played(config, 3), config)
@@ -50,6 +52,7 @@ class Robot:
 
     def __init__(self, client: aiomqtt.Client, name: str, base: str) -> None:
         self._client, self._place = client, f"{base}/{name}"
+        self.log: list[dict[str, Any]] = []
 
     async def ask(self, text: str = "hello") -> None:
         await self._client.publish(f"{self._place}/text/in", text, qos=1)
@@ -60,6 +63,7 @@ class Robot:
         async def look() -> dict[str, Any]:
             async for message in self._client.messages:
                 said: dict[str, Any] = json.loads(message.payload or b"{}")  # type: ignore[arg-type]
+                self.log.append(said)
                 if wanted.items() <= said.items():
                     return said
             raise AssertionError
@@ -147,3 +151,35 @@ def test_a_conversation_that_nobody_goes_on_with_is_not_kept_for_ever(broker: Mo
         assert await kept() == []
 
     asyncio.run(converse())
+
+
+def test_a_service_that_was_cut_off_lets_go_of_a_device_which_hears_every_reply_once(
+    broker: Mosquitto, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent.mqtt_link, "_KEEPALIVE", 2)
+    shared = ("mqtt.base=parted", "mqtt.shared=true")
+
+    async def converse(trunk: Proxy) -> list[dict[str, Any]]:
+        async with (
+            robot(broker, "robot", "parted") as one,
+            serving(trunk, *shared) as first,
+        ):
+            await one.ask()
+            await one.until(type="turn-ended", turn=1)
+            async with serving(broker, *shared) as second:
+                await asyncio.to_thread(trunk.freeze)
+                assert first.room() < second.room()  # it still believes to have the device
+                await one.until(type="resumed", turn=1)
+                while first.room() < 4 or not first.is_connected:
+                    await asyncio.sleep(0.01)
+                await one.ask()
+                await one.until(type="turn-ended", turn=2)
+                await one.ask()
+                await one.until(type="turn-ended", turn=3)
+                assert (first.room(), second.room()) == (4, 3)
+        return one.log
+
+    with Proxy(broker.port) as trunk:
+        log = asyncio.run(converse(trunk))
+    for kind in ("turn-started", "heard", "turn-ended"):
+        assert [said["turn"] for said in log if said.get("type") == kind] == [1, 2, 3]

@@ -84,9 +84,11 @@ class Member:
         self.devices: dict[str, list[bytes]] = {}
         self.turned_away: list[str] = []
         me = f"{number:012x}"
+        self.away = False
         self.pool = Pool(
-            CONFIG, me, cluster.publish, self, lambda seconds, todo: cluster.later.append(todo)
-        )
+            CONFIG, me, cluster.publish, self, lambda seconds, todo: cluster.later.append(todo),
+            lambda: self.away,
+        )  # fmt: skip
 
     def wants(self, topic: str) -> bool:
         parts = topic.split("/")
@@ -170,6 +172,67 @@ def test_a_service_that_does_not_come_back_with_the_broker_is_gone() -> None:
     cluster.time_passes()
     cluster.time_passes()
     assert cluster.serving("robot") == [0]
+
+
+def parted(services: int, names: list[str]) -> Cluster:
+    """The first two services have each of the devices: neither can hear of the other."""
+    cluster = Cluster(*[len(names)] * services)
+    for name in names:
+        cluster.device_says(0, name, b"hello")
+    cluster.settle_down()
+    cluster.members[0].there = False
+    for member in cluster.members[1:]:
+        member.pool.arrived(cluster.members[0].pool.will.topic, b"")
+    cluster.time_passes()
+    for name in names:
+        assert name in cluster.members[0].devices
+        assert cluster.serving(name) == [1]
+    return cluster
+
+
+def test_a_service_that_was_cut_off_lets_go_of_what_others_have_taken_over() -> None:
+    cluster = parted(2, ["robot"])
+    first = cluster.members[0]
+    first.there = first.away = True
+    first.pool.reconnected()
+    for message in cluster.retained.values():  # what the broker holds comes before all else
+        if message.topic.startswith(("spirit/agents", "spirit/robot")):
+            first.pool.arrived(message.topic, message.payload)
+    first.away = False
+    for message in first.pool.hello():
+        cluster.publish(message)
+    cluster.settle_down()
+    cluster.time_passes()
+    assert cluster.serving("robot") == [1]
+    cluster.device_says(0, "robot", b"again")  # it comes to the second directly
+    cluster.settle_down()
+    assert cluster.serving("robot") == [1]
+
+
+@given(st.integers(1, 6), st.booleans(), st.data())
+def test_of_two_services_that_both_have_a_device_when_their_brokers_meet_again_one_goes_on(
+    devices: int, swap: bool, data: st.DataObject
+) -> None:
+    """Each broker tells its own side what the other side holds, in an order of its own."""
+    names = [f"robot-{n}" for n in range(devices)]
+    cluster = parted(2, names)
+    members = cluster.members[::-1] if swap else cluster.members
+    for member in members:
+        member.there = True
+        for message in member.pool.hello():
+            cluster.publish(message)
+    for name in names:
+        for member in members:
+            told = json.dumps({"agent": member.pool.me, "settled": True}).encode()
+            other = cluster.members[1 - cluster.members.index(member)]
+            cluster.wires.append((cluster.members.index(other), Outgoing(
+                f"spirit/{name}/owner", told, 1, True)))  # fmt: skip
+    cluster.wires = list(data.draw(st.permutations(cluster.wires)))
+    cluster.settle_down()
+    cluster.time_passes()
+    for name in names:
+        (owner,) = cluster.serving(name)
+        assert {m.pool.owner(name) for m in cluster.members} == {f"{owner:012x}"}
 
 
 TOPICS = ("agents/" + "0" * 12, "agents/" + "1" * 12, "robot/owner", "agents/x", "robot/command")

@@ -22,6 +22,7 @@ from typing import Annotated, Any
 
 import typer
 
+from agent.config import config_folder
 from recipes import domain
 from recipes.grammar import (
     Table,
@@ -41,7 +42,7 @@ from recipes.grammar import (
 
 FOLDER = Path(__file__).parent
 FILES = tuple(FOLDER / f"domain_{name}.txt" for name in ("talk", "facts", "robot", "again"))
-ACTIONS = FOLDER / "actions.json"
+ACTIONS = config_folder() / "nano-actions.json"
 MOST = 200
 CONTRACTED = 0.2  # share of requests with "what's" for "what is", where they have it
 TRIES = 8  # fillings drawn for a phrasing until one has an answer

@@ -48,7 +48,7 @@ class Step:
     timed: tuple[str, ...] = ()
 
 
-TEXTS = {"texts": ("{recipes}/*.txt", "{recipes}/actions.json")}
+TEXTS = {"texts": ("{recipes}/*.txt", "{recipes}/../configs/nano-actions.json")}
 CORPUS = {"corpus": "{work}/corpus"}
 WORDS = {"words": ("{work}/corpus/manifest.jsonl", "{work}/corpus/dialogs.jsonl")}
 EARS = {"ears": "{ears}/hubert_25hz"}

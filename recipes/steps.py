@@ -1,7 +1,7 @@
 """The steps that make a model: what each reads and writes, and what it goes on from.
 
 Places are templates: ``{work}`` is the folder of a recipe, ``{out}`` that of the model, ``{ears}``,
-``{voice}`` and ``{lm}`` its parts, ``{recipes}`` this package.
+``{voice}`` and ``{lm}`` its parts, ``{recipes}`` this package, ``{configs}`` the configurations.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from agent.config import config_folder
 from recipes import made
 from recipes.made import Entry
 
@@ -48,7 +49,7 @@ class Step:
     timed: tuple[str, ...] = ()
 
 
-TEXTS = {"texts": ("{recipes}/*.txt", "{recipes}/../configs/nano-actions.json")}
+TEXTS = {"texts": ("{recipes}/*.txt", "{configs}/nano-actions.json")}
 CORPUS = {"corpus": "{work}/corpus"}
 WORDS = {"words": ("{work}/corpus/manifest.jsonl", "{work}/corpus/dialogs.jsonl")}
 EARS = {"ears": "{ears}/hubert_25hz"}
@@ -178,6 +179,7 @@ class Folders:
                 voice=ears / "hifigan_spiritlm_expressive_w2v2",
                 lm=self.out / "spiritlm_model" / f"spirit-lm-{self.model}",
                 recipes=PACKAGE,
+                configs=config_folder(),
                 model=self.model,
             )
         )

@@ -39,6 +39,7 @@ from stages.llama_adapter import ADAPTER
 DEFAULT_OUT = Path("checkpoints/smol")
 RANK, ALPHA = 16, 32.0
 TALKS = 240  # tries of the base to write small talk
+TALK_POSITIONS = 512  # tokens of the longest talk
 MEASURED = 40  # held-out requests of each kind
 
 
@@ -194,7 +195,7 @@ def main(
     )  # fmt: skip
     folder = work / "smol"
     if together.first():
-        write_untrained(base, settings.positions, folder / "base")
+        write_untrained(base, TALK_POSITIONS, folder / "base")
         smol_talk.write_talk(folder / "talk.jsonl", folder / "base", talks, place)
     together.agree(0.0, device=place)  # wait until the first process has written them
     world = dialogues.load(corpus_seed(work))

@@ -86,7 +86,8 @@ def write_talk(path: Path, folder: Path, count: int, device: torch.device | None
         folder: of the base (:func:`recipes.smol_model.write_untrained`).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    done = max((row["number"] for row in read_jsonl(path)), default=-1) if path.is_file() else -1
+    path.touch()
+    done = max((row["number"] for row in read_jsonl(path)), default=-1)
     if done + 1 >= count:
         return
     talker = Talker(folder, device)

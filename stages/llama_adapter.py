@@ -183,7 +183,7 @@ def gguf_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         name = _official_name(tensor.name, path)
         value = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).float()
         if ".q_proj." in name or ".k_proj." in name:
-            value = _half_split(value, heads if ".q_proj." in name else kv_heads)
+            value = half_split(value, heads if ".q_proj." in name else kv_heads)
         yield name, value
 
 
@@ -214,7 +214,7 @@ def _official_name(name: str, path: Path) -> str:
     return f"{layer}{_NAMES[part]}.weight"
 
 
-def _half_split(weight: Tensor, heads: int) -> Tensor:
+def half_split(weight: Tensor, heads: int) -> Tensor:
     """Rows of queries or keys in the order of Llama's half-split rotary layout: GGUF stores the two
     halves of every head interleaved."""
     pairs = weight.view(heads, -1, 2, weight.shape[1])

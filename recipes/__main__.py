@@ -76,6 +76,8 @@ def _register(step: str, summary: str) -> None:
 
 for _name, _step in STEPS.items():
     _register(_name, _step.summary)
+# No step of a recipe: it goes on from nano's corpus and units, and its base is another package.
+_register("smol", "Extend SmolLM2-135M with speech: the language model of smol.")
 
 
 class Chain:

@@ -19,7 +19,6 @@ from recipes.lm_model import TrainableLlama
 from recipes.smol_base import BaseModel
 from stages.llama_adapter import ADAPTER, EMBEDDING, ROWS, SETTINGS
 
-
 SPREAD = 0.1  # of new rows, of that of the others
 
 

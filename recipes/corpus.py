@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import random
 import zlib
 from collections import Counter, defaultdict
@@ -33,6 +32,8 @@ from recipes import dialogues, domain
 from recipes.align import shift
 from recipes.clock import Stopwatch
 from recipes.lm_words import more_requests
+from recipes.manifest import PROCESSES, read_manifest
+from recipes.manifest import corpus_seed as corpus_seed
 from recipes.voices import (
     FAST,
     LIVELY,
@@ -46,7 +47,6 @@ from recipes.voices import (
     styles_of,
 )
 
-PROCESSES = os.cpu_count() or 1  # what has many recordings to do uses all cores
 LEVEL = 0.07  # RMS of a recording, about -23 dBFS; whispers are half as loud
 HEART_SHARE = 0.25  # of the requests
 KAL_SHARE = 0.35  # of the held-out requests, also in a voice never trained on
@@ -302,15 +302,6 @@ def record(job: Job, folder: Path, seed: int = 0) -> dict[str, Any]:
     }
 
 
-def read_manifest(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a manifest; a last line cut off by an interrupted run is left out."""
-    path = folder / "manifest.jsonl"
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
-
-
 def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
@@ -392,12 +383,6 @@ def corpus(
     if limit is None and minutes is None and not speakers:
         (folder / "DONE").write_text(text + "\n", encoding="utf-8")
     return report
-
-
-def corpus_seed(work: Path) -> int:
-    """The seed that the corpus under ``work`` was made with; 0 where that is not known."""
-    path = work / "reports" / "corpus.json"
-    return int(json.loads(path.read_text(encoding="utf-8"))["seed"]) if path.is_file() else 0
 
 
 def dialogs(asked: Collection[str], seed: int = 0) -> Iterator[dict[str, Any]]:

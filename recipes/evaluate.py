@@ -27,7 +27,7 @@ from rich.progress import track
 
 from recipes import dialogues, domain, report
 from recipes.board import Board
-from recipes.corpus import corpus_seed, read_manifest
+from recipes.manifest import corpus_seed, read_manifest
 from recipes.nano import Nano, Turn, fingerprint
 from recipes.scoring import RECOGNIZER, Recognizer, rate, spoken, word_errors
 from recipes.strangers import human_prompts, joe_requests

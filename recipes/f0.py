@@ -17,7 +17,7 @@ import soundfile
 import torch
 from rich.progress import track
 
-from recipes.corpus import read_manifest
+from recipes.manifest import read_manifest
 from stages import SAMPLE_RATE
 from stages.fcpe import load_fcpe
 from stages.pitch import PitchEncoder

@@ -28,15 +28,13 @@ from rich.progress import Progress
 from torch import Tensor
 
 from recipes import quantizer
-from recipes.corpus import PROCESSES
 from recipes.front_end import HOP, INPUT_PADDING, STRIDES, Constants, front_end, positional
 from recipes.hearing_report import measure
+from recipes.manifest import PROCESSES, recordings
 from recipes.whisper import HEADS, WhisperEncoder
-from recipes.windows import cache_stamp, encode_many, load_listener
+from recipes.windows import HUBERT, OUT, QUANTIZER, cache_stamp, encode_many, load_listener
 from stages.hubert import build_hubert
 
-OUT = Path("checkpoints/nano/speech_tokenizer/hubert_25hz")
-HUBERT, QUANTIZER = "mhubert_base_25hz.pt", "L11_quantizer_500.pt"
 WINDOW = {"chunk": 12, "left": 60, "right": 8}
 POOL = 2
 SECONDS = {"heart": 540.0}  # of speech to fit to, by voice
@@ -166,19 +164,11 @@ def phone_labels(phones: list[list[Any]], frames: int, cut: int = 0, hop: int = 
     return labels
 
 
-def read_manifest(work: Path) -> list[dict[str, Any]]:
-    """The corpus's recordings. Raises FileNotFoundError naming the step that makes it."""
-    path = work / "corpus" / "manifest.jsonl"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: run `python -m recipes corpus` first")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def _features(
     work: Path, hubert: Path, seed: int, jobs: int, progress: Progress
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Features and phones of the recordings to fit to; kept in {work}/hearing for a next run."""
-    plan = fit_plan(read_manifest(work), seed)
+    plan = fit_plan(recordings(work), seed)
     folder = work / "hearing" / f"fit-{cache_stamp(hubert)}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     todo = {
@@ -232,7 +222,7 @@ def main(
     if not judge:
         return
     listener = load_listener(out / HUBERT, out / QUANTIZER)
-    report = measure(listener, teacher, work, read_manifest(work), seed)
+    report = measure(listener, teacher, work, recordings(work), seed)
     report["fit"] = {
         "frames": len(features),
         "embedding_is_nearest_centroid": float(

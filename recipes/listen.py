@@ -24,9 +24,9 @@ import typer
 from rich.progress import track
 
 from recipes import dialogues
-from recipes.corpus import corpus_seed, read_manifest
 from recipes.dialogues import action_text
 from recipes.evaluate import Exam, Row, load_wave
+from recipes.manifest import corpus_seed, read_manifest
 from recipes.nano import Nano
 from recipes.voices import SAMPLE_RATE, VOICES
 from stages.lm import Sampling

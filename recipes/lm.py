@@ -34,11 +34,11 @@ from agent.errors import UserError
 from recipes import chance, dialogues, lm_hints, together
 from recipes.board import Board
 from recipes.clock import Stopwatch
-from recipes.corpus import corpus_seed
 from recipes.lm_corpus import Corpus, Vocabulary, load_corpus, load_units
 from recipes.lm_data import DEFAULT_MIX, KINDS, REPLY_UNITS, WEIGHTS, Streams
 from recipes.lm_measure import heldout_questions, measure
 from recipes.lm_model import TrainableLlama
+from recipes.manifest import corpus_seed
 from recipes.text_tokenizer import DEFAULT_OUT
 
 SAVE_SECONDS, MEASURE_SECONDS, LOG_SECONDS = 120.0, 600.0, 20.0

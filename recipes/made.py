@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -104,20 +104,23 @@ def _content(path: Path, size: int, time: int) -> str:
     return digest.hexdigest()[:16]
 
 
-def code(modules: Iterable[str]) -> str:
-    """A short name for the code of ``modules`` and all that they import of this repository.
+def code(module: str, apart: Collection[str] = ()) -> str:
+    """A short name for the code of ``module`` and all that it imports of this repository.
 
     Comments, docstrings and layout do not count, the minor version of Python does: the name is of
     the syntax tree.
+
+    Args:
+        apart: modules that do not count, nor what only they import.
     """
     digest = hashlib.sha256()
-    for path in sorted(set(_imported(modules))):
+    for path in sorted(_imported(module, apart)):
         digest.update(f"{path.relative_to(ROOT).as_posix()} {_tree(path)}\n".encode())
     return digest.hexdigest()[:16]
 
 
-def _imported(modules: Iterable[str]) -> Iterator[Path]:
-    todo, seen = list(modules), set()
+def _imported(module: str, apart: Collection[str]) -> Iterator[Path]:
+    todo, seen = [module], set(apart)
     while todo:
         name = todo.pop()
         path = _file(name)

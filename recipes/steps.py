@@ -37,6 +37,7 @@ class Step:
             only when the step's own settings or code changed.
         goes_on: what may change without beginning anew: settings or inputs.
         timed: its options in minutes, which a budget sets.
+        apart: modules that only measure: what the step makes is the same without them.
     """
 
     summary: str
@@ -47,6 +48,7 @@ class Step:
     caches: tuple[str, ...] = ()
     goes_on: frozenset[str] = frozenset()
     timed: tuple[str, ...] = ()
+    apart: tuple[str, ...] = ()
 
 
 TEXTS = {"texts": ("{recipes}/*.txt", "{configs}/nano-actions.json")}
@@ -83,6 +85,7 @@ STEPS: dict[str, Step] = {
         writes=EARS,
         places={"out": "{ears}/hubert_25hz"},
         caches=("hearing",),
+        apart=("recipes.hearing_report",),
     ),
     "units": Step(
         "Encode the corpus to phonetic units, as the stream will give them.",
@@ -118,6 +121,7 @@ STEPS: dict[str, Step] = {
         state=("{work}/vocoder",),
         goes_on=frozenset({*PHASES, "evaluate", "duration_steps"}),
         timed=PHASES,
+        apart=("recipes.vocoder_report",),
     ),
     "text_tokenizer": Step(
         "Train the text tokenizer and add the speech tokens to it.",
@@ -133,6 +137,7 @@ STEPS: dict[str, Step] = {
         state=("{work}/lm",),
         goes_on=frozenset({"minutes", "steps", "mix", "rate", "noise", "measured", "margin"}),
         timed=("minutes",),
+        apart=("recipes.lm_measure", "recipes.chance"),
     ),
     "evaluate": Step(
         "Measure the checkpoint with an independent recognizer; write the model card.",
@@ -216,7 +221,7 @@ def entry(step: str, settings: Mapping[str, Any], folders: Folders) -> Entry:
         if name not in FREE
     }
     inputs = folders.contents(STEPS[step].reads)
-    return Entry(counted, inputs, made.code([f"recipes.{step}"]))
+    return Entry(counted, inputs, made.code(f"recipes.{step}", STEPS[step].apart))
 
 
 def why(step: str, before: Entry | None, now: Entry, folders: Folders) -> str:

@@ -21,8 +21,8 @@ import typer
 from rich.progress import track
 
 from recipes import f0, pitch_vq, style_classifier
-from recipes.corpus import PROCESSES
 from recipes.f0 import Row
+from recipes.manifest import PROCESSES
 from stages.style import StyleEncoder, load_style_network
 from stages.vqvae import load_vqvae
 

@@ -14,9 +14,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from recipes.corpus import PROCESSES
-from recipes.hearing import HUBERT, OUT, QUANTIZER, read_manifest
-from recipes.windows import cache_stamp, encode_many
+from recipes.manifest import PROCESSES, recordings
+from recipes.windows import HUBERT, OUT, QUANTIZER, cache_stamp, encode_many
 
 
 def units_done(path: Path, stamp: str) -> set[str]:
@@ -45,7 +44,7 @@ def main(
     hubert, quantizer = checkpoint / HUBERT, checkpoint / QUANTIZER
     path = work / "units" / "units.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    manifest = read_manifest(work)
+    manifest = recordings(work)
     done = units_done(path, cache_stamp(hubert, quantizer))
     todo = {
         row["id"]: (work / "corpus" / row["wav"], 0) for row in manifest if row["id"] not in done

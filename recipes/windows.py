@@ -25,6 +25,8 @@ from stages.checkpoint import CheckpointError, load_state
 from stages.hubert import Hubert, build_hubert
 from stages.phonetic import Quantizer, Window, load_quantizer, read_window
 
+OUT = Path("checkpoints/nano/speech_tokenizer/hubert_25hz")
+HUBERT, QUANTIZER = "mhubert_base_25hz.pt", "L11_quantizer_500.pt"
 _EDGE = 2  # unit frames that hold every front-end frame which an edge can change
 _BATCH = 8
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +30,7 @@ def test_every_step_knows_the_places_it_is_given(step: str) -> None:
     assert set(Folders(Path("work"), Path("out"), "nano").places(step)) <= known
     assert STEPS[step].goes_on - set(STEPS[step].reads) <= known
     assert set(STEPS[step].timed) <= known
+    assert all(importlib.util.find_spec(module) for module in STEPS[step].apart)
 
 
 def test_a_step_reads_only_what_an_earlier_one_has_written() -> None:

@@ -55,11 +55,19 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 def test_code_counts_with_what_it_imports(package: Path, file: str, text: str, same: bool) -> None:
-    before = made.code(["recipes.one"])
+    before = made.code("recipes.one")
     made._imports.cache_clear()
     made._tree.cache_clear()
     (package / f"{file}.py").write_text(text)
-    assert (made.code(["recipes.one"]) == before) == same
+    assert (made.code("recipes.one") == before) == same
+
+
+def test_code_that_only_measures_does_not_count(package: Path) -> None:
+    before = made.code("recipes.one", apart=["recipes.two"])
+    assert before != made.code("recipes.one")
+    (package / "two.py").write_text("x = 2\n")
+    made._tree.cache_clear()
+    assert made.code("recipes.one", apart=["recipes.two"]) == before
 
 
 # ----------------------------------------------------------------------------------------- time

@@ -2,8 +2,8 @@
 
 Three ways of running the same weights, taking turns in one run, so that whatever else the machine
 does falls on all of them: the engine in use, the same network in eager PyTorch, and Hugging Face
-``generate``. The shapes are ``nano``'s own weights and two larger ones with random weights. Greedy
-tokens must agree before anything is timed.
+``generate``. The shapes are ``nano``'s own weights and larger ones with random weights, one of them
+that of ``smol``. Greedy tokens must agree before anything is timed.
 """
 
 from __future__ import annotations
@@ -36,6 +36,14 @@ _GREEDY = Sampling(greedy=True)
 SHAPES = {
     "30M": {"hidden": 512, "intermediate": 1408, "layers": 8, "heads": 8, "vocabulary": 8192},
     "60M": {"hidden": 768, "intermediate": 2048, "layers": 8, "heads": 12, "vocabulary": 8192},
+    "smol": {
+        "hidden": 576,
+        "intermediate": 1536,
+        "layers": 30,
+        "heads": 9,
+        "vocabulary": 49856,
+        "kv_heads": 3,
+    },
 }
 
 
@@ -137,6 +145,7 @@ def random_model(folder: Path, shape: dict[str, int]) -> None:
         intermediate_size=shape["intermediate"],
         num_hidden_layers=shape["layers"],
         num_attention_heads=shape["heads"],
+        num_key_value_heads=shape.get("kv_heads", shape["heads"]),
         max_position_embeddings=1024,
         tie_word_embeddings=True,
     )
@@ -240,7 +249,7 @@ def show(console: Console, name: str, report: dict[str, Any]) -> None:
 def main(
     rounds: Annotated[int, typer.Option(help="Turns that every candidate gets.")] = 3,
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = 1,
-    only: Annotated[str, typer.Option(help="One of nano, 30M, 60M; empty for all.")] = "",
+    only: Annotated[str, typer.Option(help="One of nano, 30M, 60M, smol; empty for all.")] = "",
     out: Annotated[Path, typer.Option(help="Where the report is kept.")] = RESULTS,
 ) -> None:
     """Measure and keep the report."""
@@ -265,9 +274,10 @@ def main(
             report["models"][name] = facts | compare(ways, ids, rounds, plan, "eager PyTorch")
             show(console, name, report["models"][name])
     report["load_average_after"] = load_average()
+    name = f"decode-{only}" if only else "decode"
     console.print(
         f"load average {report['load_average']} before, {report['load_average_after']} after; "
-        f"kept in {save('decode', report, out)}"
+        f"kept in {save(name, report, out)}"
     )
 
 

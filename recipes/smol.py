@@ -26,11 +26,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from recipes import dialogues, lm, smol_talk, together
-from recipes.corpus import corpus_seed
 from recipes.lm_corpus import Vocabulary
 from recipes.lm_data import Streams
 from recipes.lm_measure import heldout_questions, measure
 from recipes.lm_model import TrainableLlama
+from recipes.manifest import corpus_seed
 from recipes.smol_base import SMOLLM2, BaseModel
 from recipes.smol_model import extended, learnt, write_adapter, write_untrained
 from stages.checkpoint import load_state, load_weights

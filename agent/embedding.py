@@ -341,7 +341,8 @@ class _Silent:
 
     async def close(self) -> None:
         """End it; a reply that is being made is let go of."""
-        await self.session.interrupt()
+        if not self._reading.done():  # as it is after a failure, of which the reader was told
+            await self.session.interrupt()
         self._source.close()
         await self._reading
         await self.session.__aexit__()

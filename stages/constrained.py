@@ -32,7 +32,7 @@ class JsonGrammar:
     """
 
     def __init__(self, tokenizer: Tokenizer, schema: Mapping[str, Any]) -> None:
-        self._vocabulary = _Vocabulary(tokenizer)
+        self._vocabulary, self._rows = _Vocabulary(tokenizer), tokenizer.vocab_size
         self._tokenizer = llguidance.LLTokenizer(
             llguidance.TokenizerWrapper(self._vocabulary), n_vocab=tokenizer.vocab_size
         )
@@ -45,14 +45,14 @@ class JsonGrammar:
     def begin(self) -> JsonText:
         """The empty text."""
         matcher = llguidance.LLMatcher(self._tokenizer, self._grammar, log_level=0)
-        return JsonText(matcher, self._vocabulary.tokens)
+        return JsonText(matcher, self._vocabulary.tokens, self._rows)
 
 
 class JsonText:
     """A JSON value as its tokens come. Made by :meth:`JsonGrammar.begin`."""
 
-    def __init__(self, matcher: llguidance.LLMatcher, tokens: Sequence[bytes]) -> None:
-        self._matcher, self._tokens = matcher, tokens
+    def __init__(self, matcher: llguidance.LLMatcher, tokens: Sequence[bytes], rows: int) -> None:
+        self._matcher, self._tokens, self._rows = matcher, tokens, rows
         self._text = b""
 
     @property
@@ -68,9 +68,11 @@ class JsonText:
         return ids
 
     def mask(self) -> Tensor:
-        """What may come next: bool ``[vocab_size]``, True = allowed."""
+        """What may come next: bool ``[vocab_size]``, True = allowed; padding never is."""
         bias = bytearray(self._matcher.compute_logit_bias())
-        return torch.frombuffer(bias, dtype=torch.uint8) != 0
+        allowed = torch.zeros(self._rows, dtype=torch.bool)
+        allowed[: len(bias)] = torch.frombuffer(bias, dtype=torch.uint8) != 0
+        return allowed
 
     def push(self, i: int) -> None:
         """Take the next token. Raises :class:`ValueError` if it is not allowed here."""

@@ -107,6 +107,22 @@ def test_text_that_cannot_be_answered_is_refused(models: Models, text: str, mend
 
 
 @pytest.mark.slow
+def test_a_failure_in_a_turn_comes_to_the_reader_and_the_agent_ends_in_peace(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> int:
+        raise MemoryError("no room")
+
+    async def scenario() -> None:
+        async with SpeechAgent(load_config("nano"), models.beside()) as agent:
+            monkeypatch.setattr(agent.models.lm, "decode", fail)
+            with pytest.raises(MemoryError, match="no room"):
+                _ = [event async for event in agent.ask("hello")]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.slow
 def test_agents_on_the_same_weights_do_not_disturb_each_other(
     models: Models, question: np.ndarray
 ) -> None:

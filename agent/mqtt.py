@@ -12,6 +12,7 @@ speaks for it: its last will says ``offline`` for that device alone.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import os
@@ -76,7 +77,7 @@ def serve(
     service = Service(broker, models, settings)
 
     def serving() -> None:
-        typer.echo(f"serving {service.pattern} at {service.address}; Ctrl-C ends", err=True)
+        _say(f"serving {service.pattern} at {service.address}; Ctrl-C ends")
 
     asyncio.run(until_told(service, serving))
 
@@ -102,13 +103,20 @@ async def until_told(service: Service, serving: Callable[[], None]) -> None:
     try:
         await work
     except asyncio.CancelledError:
-        typer.echo("offline", err=True)
+        _say("offline")
     # All has been said. To wait for threads in mid-computation and to take an interpreter with
     # models in it apart would be seconds more on a busy machine.
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
     os._exit(0)
+
+
+def _say(line: str) -> None:
+    """For whoever reads; a log on a full disk is no reason to stop serving."""
+    with contextlib.suppress(OSError):
+        typer.echo(line, err=True)
 
 
 class Service:

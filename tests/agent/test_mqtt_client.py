@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import resource
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -116,10 +118,13 @@ def question(tmp_path: Path) -> Path:
     return path
 
 
-def client(*arguments: str) -> subprocess.CompletedProcess[str]:
+def client(
+    *arguments: str, before: Callable[[], None] | None = None
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "agent", "mqtt-client", *arguments],
         cwd=REPOSITORY, capture_output=True, text=True, timeout=PATIENCE, check=False,
+        preexec_fn=before,
     )  # fmt: skip
 
 
@@ -135,6 +140,25 @@ def test_a_recording_is_answered_into_a_file(address: str, question: Path, tmp_p
     assert "state: answering\n" in done.stdout
     wave, rate = soundfile.read(out)
     assert (len(wave), rate) == (REPLY, 16_000)
+
+
+@pytest.mark.slow
+@pytest.mark.broker
+def test_a_reply_that_the_disk_has_no_room_for_is_said_to_be_so(
+    address: str, question: Path, tmp_path: Path
+) -> None:
+    def limit() -> None:
+        """The kernel refuses to let any file grow further, as a full disk does."""
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    done = client(
+        address, "--device", "full", "--input", str(question),
+        "--output", str(tmp_path / "a.wav"), before=limit,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "is the disk full?" in done.stderr
+    assert f"says: {SAID}\n" in done.stdout
 
 
 class Body:

@@ -7,14 +7,19 @@ Mosquitto; devices know nothing but the protocol.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import resource
 import signal
+import socket
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import TextIO
 
 import aiomqtt
 import numpy as np
@@ -35,12 +40,16 @@ pytestmark = [pytest.mark.slow, pytest.mark.broker, pytest.mark.timeout(300)]
 class World:
     """A broker, and a service that reaches it through a proxy."""
 
-    def __init__(self, broker: Mosquitto, trunk: Proxy, sessions: int = 8) -> None:
+    def __init__(
+        self, broker: Mosquitto, trunk: Proxy, sessions: int = 8, log: TextIO | None = None
+    ) -> None:
         self.broker, self.trunk, self.port = broker, trunk, broker.port
         command = [sys.executable, "-m", "bench.played"]
         command += ["--mqtt", f"mqtt://127.0.0.1:{trunk.port}", "--set"]
         command += [f"mqtt.max_sessions={sessions}"]
-        self.service = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+        self.service = subprocess.Popen(
+            command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=log, text=True
+        )
         assert self.service.stdout is not None
         assert self.service.stdout.readline() == "serving\n"
 
@@ -151,25 +160,35 @@ def test_a_broker_killed_again_and_again_ends_no_session(
 def test_a_subscriber_that_never_reads_costs_no_memory(
     world: World,
 ) -> None:
-    async def deaf() -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", world.port, limit=1)
-        reader._transport.pause_reading()  # type: ignore[attr-defined]
-        writer.write(raw_connect("deaf") + raw_subscribe("spirit/deaf/#"))
+    deaf = socket.socket()
+    # So little that the broker, too, soon holds what it cannot get rid of.
+    deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    deaf.connect(("127.0.0.1", world.port))
+    deaf.sendall(raw_connect("deaf") + raw_subscribe("spirit/deaf/#"))
+
+    async def ask() -> None:
         while True:
-            writer.write(raw_publish("spirit/deaf/text/in", b"tell me a story"))
-            await writer.drain()
+            deaf.sendall(raw_publish("spirit/deaf/text/in", b"tell me a story"))
             await asyncio.sleep(0.05)
+
+    def unread() -> int:
+        (count,) = struct.unpack("i", fcntl.ioctl(deaf, termios.FIONREAD, bytes(4)))
+        return int(count)
 
     async def both() -> None:
         async with robot("other", world.port) as device:
             await turns(device, 1)
             before = resident_mb_of(world.service.pid)
-            ignoring = asyncio.create_task(deaf())
+            asking = asyncio.create_task(ask())
             await turns(device, 2)
-            ignoring.cancel()
+            full = unread()
+            await turns(device, 1)
+            asking.cancel()
+            assert unread() == full > 0  # nothing more went in
             assert resident_mb_of(world.service.pid) - before < 50
 
-    asyncio.run(both())
+    with deaf:
+        asyncio.run(both())
 
 
 def test_two_hundred_at_once_are_served_or_told_that_all_are_busy(
@@ -230,8 +249,11 @@ def test_sigterm_while_twenty_devices_are_answered_says_offline_to_each_and_ends
                 message = await anext(client.messages)
                 assert message.topic.matches("spirit/+/text/in")
 
-    with running(tmp_path) as broker, Proxy(broker.port) as trunk:
-        world = World(broker, trunk, len(names))
+    with (
+        running(tmp_path) as broker, Proxy(broker.port) as trunk,
+        Path("/dev/full").open("w") as log,  # as on a full disk, every word of it fails
+    ):  # fmt: skip
+        world = World(broker, trunk, len(names), log)
         try:
             said = asyncio.run(asyncio.wait_for(watch(world), PATIENCE))
             assert world.service.wait(PATIENCE) == 0

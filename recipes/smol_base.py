@@ -98,7 +98,7 @@ class BaseModel:
             "tokenizer_class": "PreTrainedTokenizerFast",
         }
         for name, content in (("config", self.config(positions)), ("tokenizer_config", settings)):
-            (out / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+            (out / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", "utf-8")
         self.tokenizer.save(str(out / "tokenizer.json"), pretty=False)
 
     def adapter_settings(self, rank: int, alpha: float) -> dict[str, Any]:

@@ -98,8 +98,8 @@ def extended(base: BaseModel, positions: int, rank: int, alpha: float) -> Traina
 
 
 def learnt(model: TrainableLlama) -> dict[str, Tensor]:
-    """What is shipped of a model made by :func:`extended`, in float16."""
-    return {name: value.half().contiguous() for name, value in model.state_dict().items()}
+    """What is shipped of a model made by :func:`extended`: float16, on the CPU."""
+    return {name: value.half().cpu().contiguous() for name, value in model.state_dict().items()}
 
 
 def write_adapter(

@@ -90,6 +90,8 @@ def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     values = _yaml(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected keys such as 'model:', found {values!r}")
+    # A section whose lines are all commented out is there, but empty.
+    values = {key: {} if value is None and key in STEPS else value for key, value in values.items()}
     for override in overrides:
         key, found, text = override.partition("=")
         if not found:

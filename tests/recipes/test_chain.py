@@ -231,6 +231,12 @@ def test_what_cannot_be_is_named(override: str, told: str) -> None:
     assert told in str(error.value)
 
 
+def test_an_empty_section_has_the_defaults_of_its_step(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("model: own\nlm:\n  # minutes: 3\n")
+    own = recipe.load(tmp_path / "own.yaml", ["lm.rows=2"])
+    assert own.settings("lm")["minutes"] == 100 and own.settings("lm")["rows"] == 2
+
+
 def test_a_step_that_is_none_is_named() -> None:
     run = CliRunner().invoke(chain.app, ["all", "--since", "bake"])
     assert run.exit_code == 2 and "no step 'bake'" in run.output

@@ -16,6 +16,7 @@ service is gone, the others divide its devices among them at once (docs/mqtt.md)
 from __future__ import annotations
 
 import re
+import time
 import zlib
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
@@ -27,12 +28,12 @@ from agent.mqtt_link import Outgoing, Subscription
 from agent.mqtt_wire import FROM_DEVICE, BadMessage, Message, as_json, explain, split
 from agent.schema import MqttConfig
 
-_GROUP = "spirit-agents"
 _HELD = 64  # messages of a device whose service is not known yet
 _WAITING = 1024  # devices of which messages are held
 _KNOWN = 100_000  # devices of which the owner is remembered
 _GRACE = 8.0  # s in which others come back after the broker did: longer than a link waits
 _RESETTLE = 1.0  # s after a reconnection in which we would have learnt that we lost a device
+_TOGETHER = 0.5  # s between the two copies of a message that came by both ways
 _TURN = 0.5  # s that each service waits for the one before it to take what is free
 
 AGENT = re.compile(r"[0-9a-f]{12}")
@@ -113,7 +114,8 @@ class Pool:
     def subscriptions(self) -> list[Subscription]:
         """What is to be subscribed to."""
         base = self._config.base
-        shared = (f"$share/{_GROUP}/{base}/+/{name}" for name in FROM_DEVICE)
+        group = f"$share/{self._config.group}"
+        shared = (f"{group}/{base}/+/{name}" for name in FROM_DEVICE)
         return [
             Subscription(f"{base}/agents/+", retained=True),
             Subscription(f"{base}/+/owner", retained=True),
@@ -321,20 +323,33 @@ class Pool:
 
 class Copies:
     """Tells what is new from what came already by the other way, while a device is taken over:
-    for a moment its messages come directly and through the shared subscription."""
+    for a moment its messages come directly and through the shared subscription.
 
-    def __init__(self) -> None:
-        self._seen: OrderedDict[tuple[str, bytes], list[int]] = OrderedDict()
+    Args:
+        clock: gives seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._single: OrderedDict[tuple[str, bytes, bool], deque[float]] = OrderedDict()
 
     def new(self, name: str, payload: bytes, direct: bool) -> bool:
-        """Whether this message has not been taken yet. Audio is told apart by its numbers."""
+        """Whether this message has not been taken yet. Audio is told apart by its numbers.
+
+        What was said before the device was taken over has no second copy: the same words some time
+        later are new.
+        """
         if name == "audio/in":
             return True
-        counts = self._seen.setdefault((name, payload), [0, 0])
-        counts[direct] += 1
-        while len(self._seen) > _HELD:
-            self._seen.popitem(last=False)
-        return counts[direct] > counts[not direct]
+        now = self._clock()
+        before = self._single.get((name, payload, not direct), deque())
+        while before:
+            if now - before.popleft() < _TOGETHER:
+                return False
+        self._single.setdefault((name, payload, direct), deque(maxlen=_HELD)).append(now)
+        while len(self._single) > _HELD:
+            self._single.popitem(last=False)
+        return True
 
 
 def hash_of(device: str, agent: str) -> int:

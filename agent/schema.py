@@ -365,6 +365,13 @@ class MqttConfig(Section):
         default=False,
         description="share the devices with other services of the same base: all of them need this",
     )
+    group: str = Field(
+        default="spirit-agents",
+        pattern=r"^[A-Za-z0-9_.-]+$",
+        max_length=64,
+        description="name of the shared subscription, the same for all services; where devices are "
+        "not trusted, one that they cannot guess",
+    )
     away_seconds: int = Field(
         default=60,
         ge=0,

@@ -57,7 +57,7 @@ class Service:
         self._said = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        if not self._said.wait(PATIENCE):
+        if not self._said.wait(3 * PATIENCE):  # models are loaded
             raise RuntimeError("".join(self.lines))
 
     def _read(self) -> None:

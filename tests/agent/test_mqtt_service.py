@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+import subprocess
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import aiomqtt
@@ -22,6 +25,8 @@ from agent.mqtt_waits import stop
 from bench.played import PlayedModel, PlayedModels, played
 from stages.lm_batch import StreamsTakenError
 
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "mqtt.md"
+TOLD = ("state", "event", "metrics")
 PATIENCE = 60.0  # seconds after which a test gives up; nothing here is judged by time
 
 pytestmark = [pytest.mark.broker, pytest.mark.timeout(120)]
@@ -35,10 +40,11 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mosquitto]:
 
 @asynccontextmanager
 async def serving(
-    broker: Mosquitto | Proxy, *settings: str, models: Models | None = None
+    broker: Mosquitto | Proxy, *settings: str, models: Models | None = None, user: str | None = None
 ) -> AsyncIterator[Service]:
     config = load_config("nano", settings)
-    service = Service(Broker("127.0.0.1", broker.port), models or played(config, 3), config)
+    address = Broker("127.0.0.1", broker.port, None, user, user)
+    service = Service(address, models or played(config, 3), config)
     work = asyncio.create_task(service.run())
     await asyncio.wait_for(service.connected(), PATIENCE)
     try:
@@ -51,30 +57,41 @@ class Robot:
     """A device that types; what it is told about each topic."""
 
     def __init__(self, client: aiomqtt.Client, name: str, base: str) -> None:
-        self._client, self._place = client, f"{base}/{name}"
+        self.client, self._place = client, f"{base}/{name}"
         self.log: list[dict[str, Any]] = []
+        self.seen: set[str] = set()  # topics
 
     async def ask(self, text: str = "hello") -> None:
-        await self._client.publish(f"{self._place}/text/in", text, qos=1)
+        await self.client.publish(f"{self._place}/text/in", text, qos=1)
 
     async def until(self, **wanted: Any) -> dict[str, Any]:
         """The first message that says so."""
 
         async def look() -> dict[str, Any]:
-            async for message in self._client.messages:
+            async for message in self.client.messages:
+                self.seen.add(message.topic.value)
+                if message.topic.value.removeprefix(f"{self._place}/") not in TOLD:
+                    continue
                 said: dict[str, Any] = json.loads(message.payload or b"{}")  # type: ignore[arg-type]
                 self.log.append(said)
                 if wanted.items() <= said.items():
                     return said
             raise AssertionError
 
-        return await asyncio.wait_for(look(), PATIENCE)
+        try:
+            return await asyncio.wait_for(look(), PATIENCE)
+        except asyncio.TimeoutError:
+            raise AssertionError(f"{wanted} is not among {self.log[-30:]}") from None
 
 
 @asynccontextmanager
-async def robot(broker: Mosquitto, name: str, base: str = "spirit") -> AsyncIterator[Robot]:
-    async with aiomqtt.Client("127.0.0.1", broker.port) as client:
-        for topic in ("state", "event", "metrics"):
+async def robot(
+    broker: Mosquitto, name: str, base: str = "spirit", user: str | None = None
+) -> AsyncIterator[Robot]:
+    async with aiomqtt.Client(
+        "127.0.0.1", broker.port, username=user, password=user, protocol=aiomqtt.ProtocolVersion.V5
+    ) as client:
+        for topic in TOLD:
             await client.subscribe(f"{base}/{name}/{topic}", 1)
         yield Robot(client, name, base)
 
@@ -172,9 +189,9 @@ def test_a_service_that_was_cut_off_lets_go_of_a_device_which_hears_every_reply_
                 await one.until(type="resumed", turn=1)
                 while first.room() < 4 or not first.is_connected:
                     await asyncio.sleep(0.01)
-                await one.ask()
+                await one.ask("hello again")
                 await one.until(type="turn-ended", turn=2)
-                await one.ask()
+                await one.ask("and again")
                 await one.until(type="turn-ended", turn=3)
                 assert (first.room(), second.room()) == (4, 3)
         return one.log
@@ -183,3 +200,57 @@ def test_a_service_that_was_cut_off_lets_go_of_a_device_which_hears_every_reply_
         log = asyncio.run(converse(trunk))
     for kind in ("turn-started", "heard", "turn-ended"):
         assert [said["turn"] for said in log if said.get("type") == kind] == [1, 2, 3]
+
+
+@pytest.fixture
+def guarded(tmp_path: Path) -> Iterator[Mosquitto]:
+    """Set up as docs/mqtt.md says, for the users ``agent``, ``one`` and ``two``."""
+    rules = re.findall(r"```\n# acl.*?\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "acl").write_text(rules[0])
+    for user in ("agent", "one", "two"):
+        made = ["-c"] if user == "agent" else []
+        command = ["mosquitto_passwd", *made, "-b", str(tmp_path / "passwords"), user, user]
+        subprocess.run(command, check=True, capture_output=True)
+    lines = f"allow_anonymous false\npassword_file {tmp_path}/passwords\nacl_file {tmp_path}/acl"
+    with running(tmp_path, lines) as found:
+        yield found
+
+
+def test_under_the_documented_acl_a_device_of_a_pool_reads_and_commands_only_its_own(
+    guarded: Mosquitto,
+) -> None:
+    shared = ("mqtt.shared=true", "mqtt.group=services-5e1d")
+
+    async def meddle(two: aiomqtt.Client, services: list[str]) -> None:
+        """Everything that a device might try against another, and against the services."""
+        for pattern in ("spirit/#", "$share/spirit-agents/spirit/+/text/in"):
+            await two.subscribe(pattern, 1)
+        stop_it, mine = json.dumps({"do": "interrupt"}), {"agent": "0" * 12, "settled": True}
+        for service in services:
+            await two.publish(f"spirit/agents/{service}", b"", 1, retain=True)
+            await two.publish(f"spirit/agents/{service}/one/command", stop_it, 1)
+        await two.publish("spirit/agents/" + "0" * 12, json.dumps({"room": 9}), 1, retain=True)
+        await two.publish("spirit/one/owner", json.dumps(mine), 1, retain=True)
+        await two.publish("spirit/one/snapshot", b"{}", 1, retain=True)
+        await two.publish("spirit/one/command", stop_it, 1)
+
+    async def converse() -> Robot:
+        async with (
+            serving(guarded, *shared, user="agent") as first,
+            serving(guarded, *shared, user="agent") as second,
+            robot(guarded, "one", user="one") as one,
+            robot(guarded, "two", user="two") as two,
+        ):
+            assert first._pool is not None and second._pool is not None
+            for turn in range(1, 6):
+                await meddle(two.client, [first._pool.me, second._pool.me])
+                await one.ask(f"hello {turn}")
+                await one.until(type="turn-ended", turn=turn, how="complete")
+            await two.ask()
+            await two.until(type="turn-ended", turn=1)
+            assert first.room() + second.room() == 6
+        return two
+
+    two = asyncio.run(converse())
+    assert {said["turn"] for said in two.log if said.get("type") == "turn-started"} == {1}
+    assert all(topic.startswith("spirit/two/") for topic in two.seen)

@@ -257,6 +257,15 @@ def test_a_message_that_comes_by_both_ways_is_taken_once() -> None:
     assert not copies.new(*command, direct=True)
 
 
+def test_the_same_words_some_time_later_are_no_copy() -> None:
+    now = [0.0]
+    copies = Copies(lambda: now[0])
+    assert copies.new("text/in", b"hello", direct=False)  # before the device was taken over
+    now[0] += 1.0
+    assert copies.new("text/in", b"hello", direct=True)
+    assert not copies.new("text/in", b"hello", direct=False)
+
+
 def snapshot(turns: list[list[int]]) -> Snapshot:
     return Snapshot(model="nano 1", turn=len(turns), turns=turns)
 

@@ -32,8 +32,9 @@ class Vocabulary:
     def __init__(self, path: Path) -> None:
         self.processor = _pieces(path)
         self.bos, self.eos = self.processor.bos_id(), self.processor.eos_id()
+        self._byte_level = path.suffix == ".json"
         # Sentencepiece puts a word boundary before a tag.
-        boundary = [] if path.suffix == ".json" else [self.processor.piece_to_id("▁")]
+        boundary = [] if self._byte_level else [self.processor.piece_to_id("▁")]
         self.prefix = (self.bos, *boundary)
         self.text_tag, self.speech_tag = self.id("[Text]"), self.id("[Speech]")
         self._units: dict[str, np.ndarray] = {}
@@ -52,8 +53,16 @@ class Vocabulary:
         return int(found)
 
     def text(self, text: str) -> np.ndarray:
-        """Ids of ``text`` as it stands after a tag: without a word boundary of its own."""
-        ids = self.processor.encode("[Text]" + text)
+        """Ids of ``text`` as it stands after a tag: without a word boundary of its own.
+
+        An action begins with a piece of its own, not with one that holds the blank before it too:
+        so it is written when it is decoded (:mod:`stages.constrained`).
+        """
+        before, brace, action = text.partition("{")
+        if not (self._byte_level and brace):
+            ids = self.processor.encode("[Text]" + text)
+        else:
+            ids = self.processor.encode("[Text]" + before) + self.processor.encode(brace + action)
         return np.array(ids[ids.index(self.text_tag) + 1 :], dtype=np.int64)
 
     def unit(self, kind: str, index: int) -> int:

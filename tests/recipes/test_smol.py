@@ -26,6 +26,7 @@ from recipes.smol_base import SMOLLM2, BaseModel
 from recipes.smol_model import write_untrained
 from recipes.text_tokenizer import speech_tokens
 from stages.checkpoint import CheckpointError
+from stages.constrained import JsonGrammar
 from stages.llama_adapter import ADAPTER, SETTINGS, half_split
 from stages.lm import LanguageModel, Sampling, rotate
 from stages.models import find_model
@@ -114,6 +115,19 @@ def test_until_something_is_learnt_text_is_what_it_was(
     before, after = logits(untrained, ids), logits(tmp_path / "new", ids)
     assert torch.equal(before[: base.pieces], after[: base.pieces])
     assert not torch.equal(before, after), "the new rows are no longer zero"
+
+
+def test_an_action_is_written_as_it_will_be_decoded(untrained: Path) -> None:
+    vocabulary, tokenizer = Vocabulary(untrained / "tokenizer.json"), Tokenizer.load(untrained)
+    schema = {"type": "object", "properties": {"action": {"const": "turn"}},
+              "required": ["action"], "additionalProperties": False}  # fmt: skip
+    plan = 'go left | {"action":"turn"} I turn.'
+    ids = vocabulary.text(plan).tolist()
+    assert tokenizer.decode([tokenizer.text_tag, *ids]) == f"[Text]{plan}"
+    decoded = JsonGrammar(tokenizer, schema).begin().forced()
+    begin = len(vocabulary.text("go left | "))
+    assert ids[:begin] == vocabulary.text("go left | ").tolist()
+    assert ids[begin : begin + len(decoded)] == decoded
 
 
 # ---------------------------------------------------------------------------------- the training

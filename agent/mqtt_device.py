@@ -126,7 +126,7 @@ class Device:
     # What its connection brings.
 
     def _subscriptions(self) -> list[Subscription]:
-        """The state comes last: what we have just said ourselves tells that all else is here."""
+        """The state comes last: once it has come, ours or an earlier one, all else is here."""
         wanted = [Subscription(self._topic(n), retained=True) for n in ("snapshot", "state")]
         if self._pooled is not None:
             own = [Subscription(self._topic(n), int("audio" not in n)) for n in FROM_DEVICE]
@@ -277,7 +277,7 @@ class Device:
         if self._pooled is None:  # it waits for the next service
             self._publish(name, payload, 1)
         elif not self._pooled.pass_on(name, payload):
-            self.refuse(name, "the service ends before it could answer: ask again")
+            self.refuse(name, "the session ends before it could be answered: ask again")
 
     def _reset(self) -> None:
         self._publish("snapshot", b"", 1, True)

@@ -193,6 +193,8 @@ class Pool:
         if not payload:
             self._owners.pop(device, None)
             self._claimed.discard(device)
+            if device in self._held and self._serving.room() > 0:
+                self._claim(device)
             return
         told = _read(Owner, payload)
         if not told.settled and self.owner(device) is not None:

@@ -235,6 +235,20 @@ def test_of_two_services_that_both_have_a_device_when_their_brokers_meet_again_o
         assert {m.pool.owner(name) for m in cluster.members} == {f"{owner:012x}"}
 
 
+def test_what_was_said_to_a_service_that_lets_go_of_a_device_is_for_the_next() -> None:
+    cluster = Cluster(4, 4)
+    cluster.device_says(0, "robot", b"first")
+    cluster.settle_down()
+    first, second = cluster.members
+    assert first.pool.pass_on("robot", "text/in", b"second")
+    cluster.settle_down()
+    del first.devices["robot"]
+    first.pool.release("robot")
+    cluster.settle_down()
+    assert cluster.serving("robot") == [1]
+    assert second.devices["robot"] == [b"second"]
+
+
 TOPICS = ("agents/" + "0" * 12, "agents/" + "1" * 12, "robot/owner", "agents/x", "robot/command")
 NEARLY = (b'{"room":1}', b'{"agent":"000000000009","settled":true}', b'{"agent":1,"settled":2}')
 

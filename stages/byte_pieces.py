@@ -120,9 +120,9 @@ class BytePieces:
     def decode(self, input: list[int]) -> str:
         """The text of ids; control tokens say nothing."""
         utf8 = Utf8()
-        parts = (self._bytes.get(i) or self._names[i].encode() for i in input if i >= 0)
-        kept = (p for i, p in zip(input, parts, strict=True) if i not in self._control)
-        return "".join(utf8.push(part) for part in kept) + utf8.flush()
+        kept = (i for i in input if i not in self._control)
+        parts = (self._bytes.get(i, self._names[i].encode()) for i in kept)
+        return "".join(utf8.push(part) for part in parts) + utf8.flush()
 
 
 def alphabet() -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import struct
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import aiomqtt
+import numpy as np
 import pytest
 from faults import Proxy
 from mosquitto import Mosquitto, running
@@ -254,3 +256,44 @@ def test_under_the_documented_acl_a_device_of_a_pool_reads_and_commands_only_its
     two = asyncio.run(converse())
     assert {said["turn"] for said in two.log if said.get("type") == "turn-started"} == {1}
     assert all(topic.startswith("spirit/two/") for topic in two.seen)
+
+
+def test_a_command_that_was_retained_is_not_obeyed(broker: Mosquitto) -> None:
+    async def converse() -> Robot:
+        async with robot(broker, "robot", "retained") as one:
+            command = json.dumps({"do": "set", "settings": {"reply.max_seconds": 1}})
+            await one.client.publish("retained/robot/command", command, 1, retain=True)
+            async with serving(broker, "mqtt.base=retained"):
+                await one.ask()
+                await one.until(type="turn-ended")
+        return one
+
+    assert not [said for said in asyncio.run(converse()).log if said.get("type") == "set"]
+
+
+def test_while_motors_run_nothing_is_heard(broker: Mosquitto) -> None:
+    def second(number: int, level: float) -> list[bytes]:
+        """20 ms at a time, as docs/mqtt.md says."""
+        wave = np.full(320, level * 32767, "<i2").tobytes()
+        numbers = range(50 * number, 50 * (number + 1))
+        return [struct.pack("<BBHIIi", 1, 0, 16_000, n, 320 * n, 0) + wave for n in numbers]
+
+    async def converse(gate: bool) -> list[str]:
+        base = f"gate-{gate}"
+        async with (
+            serving(broker, f"mqtt.base={base}"),
+            robot(broker, "robot", base) as one,
+        ):
+            command = json.dumps({"do": "gate", "on": gate})
+            await one.client.publish(f"{base}/robot/command", command, 1)
+            await one.until(state="listening")
+            for packet in (*second(0, 0.5), *second(1, 0.0)):
+                await one.client.publish(f"{base}/robot/audio/in", packet)
+            if not gate:
+                await one.until(type="turn-ended")
+            await one.ask("typed")
+            await one.until(type="heard", text="typed")
+        return [said["text"] for said in one.log if said.get("type") == "heard"]
+
+    assert asyncio.run(converse(gate=False)) == ["a tone", "typed"]
+    assert asyncio.run(converse(gate=True)) == ["typed"]

@@ -67,7 +67,8 @@ class RemoteMicrophone:
             self._held += len(wave)
         while self._held > _HELD:
             self.dropped += len(self._next())
-        self._more.set()
+        if self._waves:  # a packet that is held back is no sound yet, nor is it silence
+            self._more.set()
 
     def _next(self) -> np.ndarray:
         wave = self._waves.popleft()

@@ -67,8 +67,12 @@ class Models:
             )
 
     @classmethod
-    def load(cls, config: Config, progress: Progress | None = None) -> Models:
+    def load(cls, config: Config, progress: Progress | None = None, streams: int = 1) -> Models:
         """Load everything; graphs that are not in the cache yet are exported first.
+
+        Args:
+            streams: conversations that a language model on a GPU is to answer together, see
+                :meth:`beside`; one of them is the models' own.
 
         Raises:
             CheckpointError: a file is missing, damaged or at odds with its configuration.
@@ -79,13 +83,12 @@ class Models:
         if config.threads.lm:
             torch.set_num_threads(config.threads.lm)
         made = _graphs(config, layout, progress)
-        dtype = None if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
         models = cls(
             config,
             layout,
             Tokenizer.load(layout),
             SpeechTokenizer.load(layout, device, made),
-            LanguageModel.load(layout, device, dtype),
+            _language_model(config, layout, device, streams),
             Vocoder.load(layout, device, made.get("vocoder"), made.get("durations")),
         )
         models.warm_up()
@@ -162,6 +165,19 @@ class Models:
         every = range(self.tokenizer.vocab_size)
         units = ((i, self.tokenizer.id_to_unit(i)) for i in every)
         return [i for i, u in units if u is not None and known[u.kind] and u.index >= known[u.kind]]
+
+
+def _language_model(
+    config: Config, layout: Layout, device: torch.device, streams: int
+) -> LanguageModel:
+    wanted = config.model
+    dtype = None if wanted.dtype == "auto" else getattr(torch, wanted.dtype)
+    if wanted.eight_bits and device.type != "cuda":
+        raise UserError(
+            f"model.eight_bits is {wanted.eight_bits}, which is for a GPU, and this model runs on "
+            "the CPU: leave it out"
+        )
+    return LanguageModel.load(layout, device, dtype, streams=streams, eight_bits=wanted.eight_bits)
 
 
 def _grammar(config: Config, tokenizer: Tokenizer) -> JsonGrammar | None:

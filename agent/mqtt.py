@@ -73,7 +73,8 @@ def serve(
     from agent.show import loading
 
     with loading(stderr(), f"loading {config}", False) as progress:
-        models = Models.load(settings, progress)
+        # All devices' and one that stays free: the models' own.
+        models = Models.load(settings, progress, streams=settings.mqtt.max_sessions + 1)
     service = Service(broker, models, settings)
 
     def serving() -> None:

@@ -176,6 +176,19 @@ def test_actions_are_described_in_place_or_in_a_file_beside_the_configuration(
     }
 
 
+def test_a_bare_off_is_off_although_yaml_takes_it_for_false() -> None:
+    assert load_config("nano", ["sound.echo=off"]).sound.echo == "off"
+    assert load_config("nano", ["sound.echo=on"]).sound.echo == "on"
+
+
+def test_weights_of_eight_bits_want_a_gpu() -> None:
+    from agent.models import Models
+
+    config = load_config("nano", ["model.eight_bits=int8", "model.device=cpu"])
+    with pytest.raises(UserError, match=r"model\.eight_bits .* for a GPU"):
+        Models.load(config)
+
+
 def test_an_official_model_without_its_folder_says_what_to_set(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

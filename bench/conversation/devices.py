@@ -65,8 +65,7 @@ class _Feed:
 
 
 class Devices:
-    """A pair of sound devices as a ``Line`` of :mod:`bench.conversation.black_box`: an async context
-    manager.
+    """A pair of sound devices as a line (:mod:`bench.conversation.black_box`): enter it first.
 
     Args:
         output, input: number or part of the name of the loudspeaker and the microphone.

@@ -19,12 +19,11 @@ import platformdirs
 import torch
 
 from stages.checkpoint import CheckpointError, Layout
+from stages.hashes import file_sha256
 from stages.runtime import OnnxGraph
 
 Progress = Callable[[str, int, int], None]
 """Called with (graph being made, how many of them are done, how many there are to make)."""
-
-_CHUNK = 1 << 22
 
 
 def cache_dir() -> Path:
@@ -101,27 +100,12 @@ def fingerprint(first: str, files: Iterable[Path]) -> str:
     """
     digest = hashlib.sha256(first.encode())
     for path in files:
-        digest.update(_file_hash(path).encode())
+        if not path.is_file():
+            raise CheckpointError(f"{path}: no such file. Is the checkpoint complete?")
+        digest.update(file_sha256(path).encode())
     return digest.hexdigest()[:20]
 
 
 def _cached_path(name: str, sources: Iterable[Path]) -> Path:
     made_by = f"{exporter().FORMAT} {torch.__version__}"
     return cache_dir() / "onnx" / f"{name}-{fingerprint(made_by, sources)}.onnx"
-
-
-def _file_hash(path: Path) -> str:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file. Is the checkpoint complete?")
-    status = path.stat()
-    return _hash_of(path, status.st_size, status.st_mtime_ns)
-
-
-@cache
-def _hash_of(path: Path, size: int, mtime: int) -> str:
-    """SHA-256 of a file; its size and time are there so that a changed file is hashed again."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_CHUNK):
-            digest.update(block)
-    return digest.hexdigest()

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from agent.errors import UserError
+from stages.hashes import file_sha256
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("agent", "recipes", "stages")  # whose code counts
 UNFINISHED = (".partial", ".part", ".tmp")
-_CHUNK = 1 << 20
 
 
 @dataclass
@@ -83,8 +83,7 @@ class Made:
 def content(path: Path) -> str:
     """A short name for the content of a file, or of all files in a folder; "" for nothing."""
     if path.is_file():
-        status = path.stat()
-        return _content(path, status.st_size, status.st_mtime_ns)
+        return file_sha256(path)[:16]
     digest = hashlib.sha256()
     found = False
     for file in sorted(path.rglob("*")):
@@ -92,16 +91,6 @@ def content(path: Path) -> str:
             found = True
             digest.update(f"{file.relative_to(path).as_posix()} {content(file)}\n".encode())
     return digest.hexdigest()[:16] if found else ""
-
-
-@cache
-def _content(path: Path, size: int, time: int) -> str:
-    """Read once in a run, as long as size and time of the file stay."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()[:16]
 
 
 def code(module: str, apart: Collection[str] = ()) -> str:

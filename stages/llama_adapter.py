@@ -9,10 +9,8 @@ which is far finer than the base's own 4 bits.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from stages.checkpoint import (
     package_file,
     require,
 )
+from stages.hashes import file_sha256
 
 ADAPTER = "adapter.safetensors"
 SETTINGS = "adapter_config.json"
@@ -89,7 +88,7 @@ class Base:
 
     def check(self, path: Path) -> None:
         """Raises :class:`CheckpointError` if ``path`` is not the file that it was made from."""
-        found = sha256(path)
+        found = file_sha256(path)
         if found != self.sha256:
             raise CheckpointError(
                 f"{path}: not the file from which this model was made (its SHA-256 is {found}, "
@@ -140,12 +139,6 @@ def adapted_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     unknown = sorted(set(state) - used)
     if unknown:
         raise CheckpointError(f"{path}: key {unknown[0]!r} changes nothing that is in {file.name}")
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal digits."""
-    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
-        return hashlib.sha256(content).hexdigest()
 
 
 def lora_names(name: str) -> tuple[str, str]:

@@ -16,7 +16,8 @@ from gguf import GGMLQuantizationType, GGUFWriter, quantize
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from stages.byte_pieces import alphabet
-from stages.llama_adapter import Base, sha256
+from stages.hashes import file_sha256
+from stages.llama_adapter import Base
 
 PACKAGE = "small_published_llama"
 CONTROLS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>"]
@@ -72,7 +73,7 @@ def small_base(folder: Path, texts: Iterable[str] = TEXTS) -> Base:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return Base(PACKAGE, path.name, sha256(path), "pip install small")
+    return Base(PACKAGE, path.name, file_sha256(path), "pip install small")
 
 
 def _write_tokenizer(writer: GGUFWriter, tokenizer: tokenizers.Tokenizer) -> int:

@@ -33,6 +33,7 @@ from rich.console import Console
 from agent.commands import Debug, Overrides, Plain, mendable, stderr
 from agent.config import Config, load_config
 from agent.errors import UserError
+from agent.mqtt_waits import within
 from agent.playback import Clocked, Playback
 from agent.schema import DEVICE_NAME
 from agent.show import printable
@@ -441,5 +442,4 @@ async def _answered(agent: RemoteAgent) -> None:
     while agent.state not in ("listening", "hearing", "answering"):
         agent.changed.clear()
         agent.hear(np.zeros(_PACKET, np.float32))
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(agent.changed.wait(), 1.0)
+        await within(1.0, agent.changed)

@@ -25,11 +25,12 @@ import typer
 from agent.config import load_config
 from agent.mqtt import Service
 from agent.mqtt_link import Broker
+from agent.mqtt_waits import stop
 from agent.mqtt_wire import FROM_DEVICE, split
 from bench.memory import resident_mb
 from bench.played import played
 from bench.report import RESULTS, about, save
-from bench.soak import ROOM, Device, stop
+from bench.soak import ROOM, Device
 from tests.mosquitto import Mosquitto
 
 NAMES = ("bad-1", "bad-2", "bad-3", "x" * 64, "..", "")

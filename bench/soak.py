@@ -40,7 +40,9 @@ import typer
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
+from agent.mqtt_waits import stop
 from bench.memory import resident_mb_of
+from bench.raw_mqtt import connect, publish, subscribe
 from bench.report import RESULTS, about, save
 from tests.faults import Proxy
 from tests.mosquitto import Mosquitto
@@ -318,9 +320,9 @@ class Soak:
                     "127.0.0.1", self._broker.port, limit=1
                 )
                 reader._transport.pause_reading()  # type: ignore[attr-defined]
-                writer.write(raw_connect("deaf") + raw_subscribe("spirit/deaf/#"))
+                writer.write(connect("deaf") + subscribe("spirit/deaf/#"))
                 while not writer.is_closing():
-                    writer.write(raw_publish("spirit/deaf/text/in", b"a long story"))
+                    writer.write(publish("spirit/deaf/text/in", b"a long story"))
                     writer.write(b"\xc0\x00")  # a ping, so that the broker lets it be
                     await writer.drain()
                     self.counts["requests of the deaf"] += 1
@@ -382,37 +384,6 @@ def _json(message: aiomqtt.Message) -> dict[str, Any]:
     assert isinstance(message.payload, bytes)
     said: dict[str, Any] = json.loads(message.payload)
     return said
-
-
-async def stop(*tasks: asyncio.Future[Any]) -> None:
-    """Cancel tasks until they end: aiomqtt may answer a cancellation with an error of its own, and
-    to whoever reconnects that looks like a lost connection."""
-    while pending := {task for task in tasks if not task.done()}:
-        for task in pending:
-            task.cancel()
-        await asyncio.wait(pending, timeout=1.0)
-
-
-def _string(text: str) -> bytes:
-    return struct.pack(">H", len(text)) + text.encode()
-
-
-def raw_connect(name: str) -> bytes:
-    """An MQTT 3.1.1 CONNECT with a clean session and no keep-alive."""
-    body = b"\x00\x04MQTT\x04\x02\x00\x00" + _string(name)
-    return bytes([0x10, len(body)]) + body
-
-
-def raw_subscribe(pattern: str) -> bytes:
-    """SUBSCRIBE, QoS 1."""
-    body = b"\x00\x01" + _string(pattern) + b"\x01"
-    return bytes([0x82, len(body)]) + body
-
-
-def raw_publish(topic: str, payload: bytes) -> bytes:
-    """PUBLISH, QoS 0."""
-    body = _string(topic) + payload
-    return bytes([0x30, len(body)]) + body
 
 
 def report(soak: Soak, minutes: float) -> dict[str, Any]:

@@ -27,9 +27,11 @@ import pytest
 from faults import Proxy
 from mosquitto import Mosquitto, running
 
+from agent.mqtt_waits import stop
 from agent.recorder import Recorder
 from bench.memory import resident_mb_of
-from bench.soak import Device, raw_connect, raw_publish, raw_subscribe, stop
+from bench.raw_mqtt import connect, publish, subscribe
+from bench.soak import Device
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PATIENCE = 60.0  # seconds after which a test gives up; nothing here is judged by time
@@ -164,11 +166,11 @@ def test_a_subscriber_that_never_reads_costs_no_memory(
     # So little that the broker, too, soon holds what it cannot get rid of.
     deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
     deaf.connect(("127.0.0.1", world.port))
-    deaf.sendall(raw_connect("deaf") + raw_subscribe("spirit/deaf/#"))
+    deaf.sendall(connect("deaf") + subscribe("spirit/deaf/#"))
 
     async def ask() -> None:
         while True:
-            deaf.sendall(raw_publish("spirit/deaf/text/in", b"tell me a story"))
+            deaf.sendall(publish("spirit/deaf/text/in", b"tell me a story"))
             await asyncio.sleep(0.05)
 
     def unread() -> int:
